@@ -1,0 +1,23 @@
+"""The errors of the storage package; each names the value and what was expected.
+
+StorageError
+├── CapacityError    no room: disk, host memory, locked-memory limit or a cap that the user set
+├── IntegrityError   bytes came back that are not the bytes that were written
+└── UnavailableError a directory or feature that was asked for cannot be used
+"""
+
+
+class StorageError(Exception):
+    """Anything that a store can fail with."""
+
+
+class CapacityError(StorageError):
+    """There is no room for the bytes: disk, host memory or a cap."""
+
+
+class IntegrityError(StorageError):
+    """The bytes on disk are not the bytes that were written."""
+
+
+class UnavailableError(StorageError):
+    """A directory, file or I/O feature that was asked for cannot be used."""

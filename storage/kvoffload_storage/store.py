@@ -1,0 +1,99 @@
+"""The contract of a page store: immutable pages of bytes, appended per layer, read by slice or by run.
+
+A page is ``n_slices`` slices of ``slice_bytes`` each; a slice is the unit of a hot read (one kv head's K and V of one
+page), a page the unit of a write. Stores know nothing of heads or attention.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StoreShape:
+    """What one page of every layer looks like, in bytes."""
+
+    n_layers: int
+    n_slices: int
+    slice_bytes: int
+
+    @property
+    def page_bytes(self) -> int:
+        return self.n_slices * self.slice_bytes
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that one read or write really moved, per tier; alignment surplus included."""
+
+    cpu: int = 0
+    nvme: int = 0
+
+    def __add__(self, other: "Moved") -> "Moved":
+        return Moved(self.cpu + other.cpu, self.nvme + other.nvme)
+
+
+class Ticket(ABC):
+    """A read under way."""
+
+    @abstractmethod
+    def wait(self) -> Moved:
+        """Return when the caller's buffer is filled; raise what the read failed with. May be called once."""
+
+
+class Store(ABC):
+    """Pages of one sequence batch. Not thread-safe: one thread calls it; it may use threads of its own.
+
+    Page ids of a layer count from 0 in the order of ``append``. A page never changes once it was appended.
+    """
+
+    shape: StoreShape
+    tier: str
+
+    @property
+    @abstractmethod
+    def slice_cost_bytes(self) -> int:
+        """Bytes that reading one lone slice moves at most (>= shape.slice_bytes; larger where reads are aligned)."""
+
+    @abstractmethod
+    def n_pages(self, layer: int) -> int:
+        """Pages appended to this layer so far."""
+
+    @abstractmethod
+    def append(self, layer: int, pages: Tensor) -> Moved:
+        """Add pages at the end of a layer; uint8 [n, n_slices, slice_bytes] on any device, n may be 0.
+
+        The tensor may be reused when the call returns. A page can be read at once, also while its write is under way.
+        Raises CapacityError when there is no room, and then keeps every page appended before.
+        """
+
+    @abstractmethod
+    def read_slices(self, layer: int, page_ids: Tensor, slice_ids: Tensor, out: Tensor) -> Ticket:
+        """Start reading slice ``slice_ids[i]`` of page ``page_ids[i]`` into ``out[i]``.
+
+        Ids are int64 [n] in host memory, in any order, repeats allowed, n may be 0; ``out`` is uint8 [n, slice_bytes],
+        contiguous, in host memory for the cpu and nvme tiers, and belongs to the store until ``Ticket.wait`` returns.
+        """
+
+    @abstractmethod
+    def read_pages(self, layer: int, first: int, out: Tensor) -> Ticket:
+        """Start reading ``len(out)`` whole pages from page ``first`` on; out is uint8 [n, n_slices, slice_bytes].
+
+        Whole pages are verified against their checksum where the tier keeps one (IntegrityError).
+        """
+
+    @abstractmethod
+    def mapped(self, layer: int) -> Tensor | None:
+        """The layer's pages as memory, uint8 [>= n_pages, n_slices, slice_bytes], or None if they are not addressable.
+
+        Valid until the next ``append`` to this layer. Who reads through it counts the bytes.
+        """
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Return when everything appended is where the tier keeps it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back memory, files and threads; temporary files are removed. A second call does nothing."""
