@@ -1,0 +1,65 @@
+"""A token-level index of keys at 1, 2 or 4 bits a channel: packing, and scoring straight from the packed codes.
+
+Per-channel asymmetric quantisation over groups of consecutive tokens, as KIVI (arXiv:2402.02750) does for keys.
+Byte j of a token's D * bits / 8 bytes holds channels j, j + D', j + 2 D', ... with D' = D * bits / 8, lowest bits
+first.
+"""
+
+import torch
+from torch import Tensor
+
+
+def quantise(keys: Tensor, valid: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, zero points and steps of keys [..., T, D], one group along T: uint8 [..., T, D * bits / 8], fp16 [...,
+    D] x 2.
+
+    A key is restored as ``zero + code * step``. ``valid`` bool [..., T] keeps tokens out of the statistics.
+    """
+    x = keys.float()
+    mask = torch.ones_like(x[..., :1], dtype=torch.bool) if valid is None else valid[..., None]
+    zero, step = _one_bit(x, mask) if bits == 1 else _uniform(x, mask, bits)
+    zero, step = zero.half(), step.clamp_min(1e-7).half()
+    codes = ((x - zero.float()[..., None, :]) / step.float().clamp_min(1e-7)[..., None, :]).round()
+    return _pack(codes.nan_to_num(0.0).clamp(0, 2**bits - 1).to(torch.uint8), bits), zero, step
+
+
+def _one_bit(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    count = mask.sum(-2).clamp_min(1)
+    centre = (x * mask).sum(-2) / count
+    spread = ((x - centre[..., None, :]).abs() * mask).sum(-2) / count
+    return centre - spread, 2 * spread
+
+
+def _uniform(x: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    low = x.masked_fill(~mask, torch.inf).amin(-2)
+    high = x.masked_fill(~mask, -torch.inf).amax(-2)
+    low, high = (torch.where(mask.any(-2), t, 0.0) for t in (low, high))
+    if bits == 2:  # cell centres: the extremes are rare, so half a cell inside them is nearer to most keys
+        step = (high - low) / 4
+        return low + step / 2, step
+    return low, (high - low) / (2**bits - 1)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    planes = codes.chunk(8 // bits, dim=-1)
+    packed = torch.zeros_like(planes[0])
+    for i, plane in enumerate(planes):
+        packed |= plane << (i * bits)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes [..., D] uint8 of packed bytes [..., D * bits / 8]."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> (i * bits)) & mask for i in range(8 // bits)], dim=-1)
+
+
+def score_tokens(query: Tensor, codes: Tensor, zero: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Approximate logits of every indexed token: query [rows, R, D] fp32 (scaled), codes [rows, N, T, D * bits / 8],
+    zero and step fp16 [rows, N, D] for N groups of T tokens; returns fp32 [rows, R, N * T]."""
+    rows, group, _ = query.shape
+    n_groups, n_tokens = codes.shape[1:3]
+    stepped = query[:, None] * step.float()[:, :, None]  # [rows, N, R, D]
+    base = torch.einsum("grd,gnd->gnr", query, zero.float())
+    logits = stepped @ unpack(codes, bits).to(query.dtype).transpose(-1, -2) + base[..., None]
+    return logits.permute(0, 2, 1, 3).reshape(rows, group, n_groups * n_tokens)

@@ -1,0 +1,28 @@
+"""Decode attention over a flat list of page slices, each of which belongs to one row (sequence x kv head)."""
+
+import torch
+from torch import Tensor
+
+from kvoffload_kernels.dense_attention.reference import soft_cap
+
+
+def attend_slices(
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of each row's queries over its own slices.
+
+    query [rows, R, D] fp32, already scaled; keys [F, S, D], values [F, S, Dv], row_ids int64 [F], valid bool [F, S] or
+    None. Returns fp32 ([rows, R, Dv], [rows, R]); a row without a valid token gives (0, -inf).
+    """
+    rows, group, _ = query.shape
+    logits = soft_cap(query[row_ids] @ keys.float().transpose(1, 2), softcap)  # [F, R, S]
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None], -torch.inf)
+    top = query.new_full((rows, group), -torch.inf)
+    index = row_ids[:, None].expand(-1, group)
+    top = top.scatter_reduce(0, index, logits.amax(-1), "amax")
+    shift = top.masked_fill(top.isneginf(), 0.0)
+    weights = (logits - shift[row_ids][..., None]).exp()
+    mass = query.new_zeros(rows, group).index_add_(0, row_ids, weights.sum(-1))
+    total = query.new_zeros(rows, group, values.shape[-1]).index_add_(0, row_ids, weights @ values.float())
+    return total / mass.clamp_min(torch.finfo(mass.dtype).tiny)[..., None], mass.log() + shift

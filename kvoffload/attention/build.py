@@ -1,0 +1,95 @@
+"""From a configuration to the parts of a layer's cache."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from kvoffload.config import RuntimeConfig
+from kvoffload_storage.store import Store
+from torch import Tensor
+
+from kvoffload.attention.layer import LayerCache
+from kvoffload.cache.anchors import Anchors
+from kvoffload.cache.fetch import MappedFetch, SubmittedFetch
+from kvoffload.cache.slots import PageCache, Slots, Staging
+from kvoffload.completion.base import Completion
+from kvoffload.completion.gated import GatedCompletion
+from kvoffload.geometry import Geometry
+from kvoffload.units import Budget
+
+
+@dataclass(frozen=True)
+class SliceBudget:
+    """The budget of DESIGN section 3 as a number of slices: it bounds the bytes that selected pages can move.
+
+    ``slice_cost_bytes`` is what the tier moves for one slice at most; where reads are aligned to more than a slice,
+    fewer slices fit into the budget.
+    """
+
+    budget: Budget
+    geometry: Geometry
+    n_layers: int
+    slice_cost_bytes: int
+
+    def tokens(self, n_tokens: int) -> float:
+        """Token-equivalents per layer and kv head at a context of ``n_tokens``."""
+        n_heads = self.n_layers * self.geometry.n_kv_heads
+        return self.budget.tokens(n_tokens, token_bytes=self.geometry.token_bytes, n_heads_total=n_heads)
+
+    def __call__(self, n_tokens: int) -> int:
+        tokens = self.tokens(n_tokens)
+        if tokens >= n_tokens:
+            return self.geometry.n_kv_heads * -(-n_tokens // self.geometry.page_size)
+        n_bytes = tokens * self.geometry.n_kv_heads * self.geometry.token_bytes
+        return math.floor(n_bytes / self.slice_cost_bytes + 1e-9)
+
+
+def build_layer(
+    config: RuntimeConfig,
+    geometry: Geometry,
+    store: Store,
+    layer: int,
+    *,
+    model_layer: int,
+    keys: Tensor,
+    values: Tensor,
+) -> LayerCache:
+    """An empty cache for layer ``layer`` of the store; ``keys`` and ``values`` [rows, n, D] tell dtype and device of
+    what is to come, ``model_layer`` is the layer's number in the model."""
+    n_layers = store.shape.n_layers
+    device = keys.device
+    index_device = torch.device("cpu") if config.index == "cpu" else device
+    selector = config.selector.build(geometry, index_device)
+    completion, gate = _completion(config, geometry, model_layer, device)
+    slots = _slots(config, geometry, n_layers, device)
+    fetch = MappedFetch if store.mapped(layer) is not None else SubmittedFetch
+    cache = LayerCache(
+        geometry,
+        store,
+        layer,
+        anchors=Anchors(geometry.rows, config.sinks, config.recent, config.page_size, keys, values),
+        fetch=fetch(store, layer, slots, geometry),
+        selector=selector,
+        completion=completion,
+        budget=SliceBudget(config.effective_budget, geometry, n_layers, store.slice_cost_bytes),
+        pool=config.pool,
+        index_on_host=config.index == "cpu" or selector.reads_slow_tier,
+    )
+    cache.gate = gate
+    return cache
+
+
+def _completion(
+    config: RuntimeConfig, geometry: Geometry, layer: int, device: torch.device
+) -> tuple[Completion, GatedCompletion | None]:
+    built = [c.build(geometry, layer, device) for c in config.completion]
+    if not config.gate:
+        return built[0], None
+    gate = GatedCompletion(built, geometry.value_dim)
+    return gate, gate
+
+
+def _slots(config: RuntimeConfig, geometry: Geometry, n_layers: int, device: torch.device) -> Slots:
+    if config.gpu_cache is None:
+        return Staging(geometry.slice_bytes, device)
+    return PageCache(max(config.gpu_cache // (n_layers * geometry.slice_bytes), 1), geometry.slice_bytes, device)

@@ -1,0 +1,40 @@
+"""One decode step of one layer: DESIGN section 6, top to bottom."""
+
+import torch
+from kvoffload_kernels.dense_attention.reference import soft_cap
+from kvoffload_kernels.sparse_decode.reference import attend_slices
+from torch import Tensor
+
+from kvoffload.attention.layer import LayerCache
+from kvoffload.cache.fetch import unpack_slices
+from kvoffload.values import Fetched, Partial, merge
+
+
+def decode(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+    """Attention of one new token: query [rows, R, D], key [rows, 1, D] and value [rows, 1, Dv], rotary applied."""
+    layer.append(key, value)
+    query = query.float() * layer.geometry.scale
+    logits = anchor_logits(layer, query)
+    anchor_lse = logits.logsumexp(-1)
+    if layer.n_pages == 0:
+        return Partial.weigh(logits, layer.anchors.values)
+
+    selection = layer.select(query, anchor_lse)
+    arrivals = layer.fetch.start(selection)  # asynchronous: the bytes move while the anchors are weighed
+    partials, fetched = [Partial.weigh(logits, layer.anchors.values)], []
+    for part, arrive in arrivals:
+        keys, values = unpack_slices(arrive(), layer.geometry)
+        valid = layer.anchors.page_valid(part.page_ids, part.row_ids)
+        partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
+        fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))
+
+    remainder = layer.completion.estimate(query, Fetched.join(fetched))
+    result = merge([*partials, remainder])
+    layer.meter.count_step(layer.n_tokens, layer.selector, layer.completion, (remainder.lse - result.lse).exp())
+    return result
+
+
+def anchor_logits(layer: LayerCache, query: Tensor) -> Tensor:
+    """Logits of scaled queries [rows, R, D] over the anchor places, fp32 [rows, R, A]; -inf where no token is."""
+    logits = soft_cap(query @ layer.anchors.keys.float().transpose(-1, -2), layer.geometry.softcap)
+    return logits.masked_fill(~layer.anchors.valid()[:, None], -torch.inf)

@@ -1,0 +1,62 @@
+"""The per-head gate: at the end of prefill each query head takes the completion, or none, with the least error on the
+newest queries, whose exact answers can be had (COMPLETION section 5.3)."""
+
+import torch
+from kvoffload_kernels.dispatch import attend
+from kvoffload_kernels.sparse_decode.reference import attend_slices
+from torch import Tensor
+
+from kvoffload.attention.decode import anchor_logits
+from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.stream import stream
+from kvoffload.cache.fetch import unpack_slices
+from kvoffload.completion.gated import GatedCompletion
+from kvoffload.values import Fetched, Partial, merge
+
+_N_QUERIES = 64
+
+
+def choose(layer: LayerCache, gate: GatedCompletion, tail_queries: Tensor) -> None:
+    """Set ``gate.choice`` by the mean L2 error of the merged output; the reads count as prefill traffic.
+
+    Queries see the whole window, also the few tokens of it that came after them: the same for every choice.
+    """
+    if layer.n_pages == 0:
+        return
+    queries = tail_queries[:, :, -_N_QUERIES:].to(layer.anchors.keys.device)
+    middle = _exact_middle(layer, queries)
+    with layer.fetch.counted_as_prefill():
+        errors = [
+            _errors(layer, gate, queries[:, :, i], Partial(middle.output[:, :, i], middle.lse[:, :, i]))
+            for i in range(queries.shape[2])
+        ]
+    gate.choice = torch.stack(errors).mean(0).argmin(0)
+
+
+def _exact_middle(layer: LayerCache, queries: Tensor) -> Partial:
+    """Exact partial of queries [rows, R, Q, D] over all sealed pages."""
+    geometry = layer.geometry
+    partials = []
+    for pages in stream(layer):
+        valid = None if pages.valid is None else pages.valid.flatten(1)
+        keys, values = pages.keys.flatten(1, 2), pages.values.flatten(1, 2)
+        part = attend(queries, keys, values, scale=geometry.scale, valid=valid, softcap=geometry.softcap)
+        partials.append(Partial(*part))
+    return merge(partials)
+
+
+def _errors(layer: LayerCache, gate: GatedCompletion, query: Tensor, middle: Partial) -> Tensor:
+    """Error of every choice for one query [rows, R, D]: fp32 [choices, rows, R]."""
+    query = query.float() * layer.geometry.scale
+    logits = anchor_logits(layer, query)
+    anchors = Partial.weigh(logits, layer.anchors.values)
+    known, fetched = [anchors], []
+    for part, arrive in layer.fetch.start(layer.select(query, anchors.lse)):
+        keys, values = unpack_slices(arrive(), layer.geometry)
+        valid = layer.anchors.page_valid(part.page_ids, part.row_ids)
+        known.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
+        fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))
+    exact = merge([anchors, middle]).output
+    read = merge(known)
+    options = gate.estimates(query, Fetched.join(fetched))
+    return torch.stack([(merge([read, option]).output - exact).norm(dim=-1) for option in options])

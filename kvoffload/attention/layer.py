@@ -1,0 +1,133 @@
+"""One attention layer's KV: anchors on the device, sealed pages in the store, and what selector and completion keep
+of them."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from kvoffload_storage.store import Moved, Store
+from torch import Tensor
+
+from kvoffload.cache.anchors import Anchors
+from kvoffload.cache.fetch import Fetch, pack_pages
+from kvoffload.completion.base import Completion
+from kvoffload.completion.gated import GatedCompletion
+from kvoffload.geometry import Geometry
+from kvoffload.selection.base import Selector
+from kvoffload.selection.topk import Pool, select_top
+from kvoffload.values import Pages, Selection
+
+_TAIL_QUERIES = 256
+
+
+class PageBudget(Protocol):
+    """How much a step may read."""
+
+    def tokens(self, n_tokens: int) -> float:
+        """Token-equivalents per kv head at a context of ``n_tokens``."""
+
+    def __call__(self, n_tokens: int) -> int:
+        """Slices per sequence and layer at a context of ``n_tokens``."""
+
+
+@dataclass
+class Meter:
+    """What the decode steps of a layer did, summed over steps; tensors stay on the device until ``stats`` asks."""
+
+    steps: int = 0
+    context_tokens: int = 0
+    index_bytes_read: int = 0
+    state_bytes_touched: int = 0
+    completion_mass: Tensor | None = None
+    written: Moved = field(default_factory=Moved)
+
+    def count_step(self, n_tokens: int, selector: Selector, completion: Completion, mass: Tensor) -> None:
+        self.steps += 1
+        self.context_tokens += n_tokens
+        self.index_bytes_read += selector.index_bytes if selector.reads_slow_tier else 0
+        self.state_bytes_touched += completion.state_bytes
+        mean = mass.mean()
+        self.completion_mass = mean if self.completion_mass is None else self.completion_mass + mean
+
+
+class LayerCache:
+    """Every token is in exactly one of the anchors and the sealed pages; a page that seals enters the store, the
+    selector and the completion in one call, so no token is ever in none or in two of them.
+
+    ``gate`` is the completion itself where it is a per-head choice that the end of prefill has to make. ``ready``
+    says that selector and completion know every sealed page. A prefill makes it false (its pages are summarised in
+    one pass when the anchor query is known), ``attention.prepare`` makes it true.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        store: Store,
+        layer: int,
+        *,
+        anchors: Anchors,
+        fetch: Fetch,
+        selector: Selector,
+        completion: Completion,
+        budget: PageBudget,
+        pool: Pool,
+        index_on_host: bool,
+    ) -> None:
+        self.geometry, self.store, self.layer = geometry, store, layer
+        self.anchors, self.fetch, self.selector, self.completion = anchors, fetch, selector, completion
+        self.budget, self.pool, self.index_on_host = budget, pool, index_on_host
+        self.meter = Meter()
+        self.ready = True
+        self.tail_queries: Tensor | None = None  # in host memory
+        self.gate: GatedCompletion | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return self.anchors.n_tokens
+
+    @property
+    def n_pages(self) -> int:
+        return self.store.n_pages(self.layer)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store."""
+        sealed = self.anchors.append(keys, values)
+        if sealed is not None:
+            self.meter.written += self.store.append(self.layer, pack_pages(sealed))
+            if self.ready:
+                self.absorb(sealed)
+
+    def absorb(self, pages: Pages) -> None:
+        self.selector.absorb(pages)
+        self.completion.absorb(pages)
+
+    def remember_queries(self, query: Tensor) -> None:
+        """Keep the newest prefill queries [rows, R, Q, D] for the anchor and the gate; what was summarised is stale
+        now."""
+        self.ready = False
+        newest = query[:, :, -_TAIL_QUERIES:].cpu()
+        kept = newest if self.tail_queries is None else torch.cat([self.tail_queries, newest], dim=2)
+        self.tail_queries = kept[:, :, -_TAIL_QUERIES:].clone()
+
+    def select(self, query: Tensor, anchor_lse: Tensor) -> Selection:
+        """Top-K under the budget for scaled queries fp32 [rows, R, D]; ids are on the selector's device."""
+        device = self.selector.device
+        scores = self.selector.score(query.to(device))
+        return select_top(
+            scores,
+            anchor_lse.to(device),
+            n_sequences=self.geometry.n_sequences,
+            n_slices=self.budget(self.n_tokens),
+            pool=self.pool,
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device bytes kept for this layer: anchors, index (where it lives on the device), completion state, slots."""
+        index = self.selector.resident_bytes - self.index_host_bytes
+        return self.anchors.resident_bytes + index + self.completion.state_bytes + self.fetch.slots.resident_bytes
+
+    @property
+    def index_host_bytes(self) -> int:
+        """Bytes of an index that was put into host memory."""
+        return self.selector.resident_bytes if self.index_on_host else 0

@@ -1,0 +1,65 @@
+"""Exact attention of a chunk of new tokens over everything before it, and the summaries that are made when the prompt
+is in."""
+
+import torch
+from kvoffload_kernels.dispatch import attend
+from torch import Tensor
+
+from kvoffload.attention.gate import choose
+from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.stream import stream
+from kvoffload.values import Partial, merge
+
+
+def prefill(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
+    """Dense causal attention for a chunk: query [rows, R, Q, D], keys [rows, Q, D], values [rows, Q, Dv].
+
+    Earlier pages stream through the device block by block; the chunk's own pages leave for the store behind it.
+    """
+    partials = [_attend(layer, query, keys, values, valid=_chunk_valid(layer, keys.shape[1]), causal=True)]
+    if layer.n_tokens:
+        anchors = layer.anchors
+        partials.append(_attend(layer, query, anchors.keys, anchors.values, valid=_rows(anchors.valid(), layer)))
+    for pages in stream(layer):
+        flat = None if pages.valid is None else pages.valid.flatten(1)
+        partials.append(_attend(layer, query, pages.keys.flatten(1, 2), pages.values.flatten(1, 2), valid=flat))
+        partials = [merge(partials)]
+    layer.append(keys, values)
+    return merge(partials)
+
+
+def prepare(layer: LayerCache) -> None:
+    """Summarise a finished prefill: fix the anchor query, then show every sealed page to selector and completion
+    once."""
+    if layer.ready:
+        return
+    assert layer.tail_queries is not None, "a prefill leaves its last queries behind"
+    anchor = layer.tail_queries.float().mean((1, 2)).to(layer.anchors.keys.device) * layer.geometry.scale
+    layer.selector.reset(anchor)
+    layer.completion.reset(anchor, n_pages=layer.n_pages)
+    for pages in stream(layer):
+        layer.absorb(pages)
+    layer.ready = True
+    if layer.gate is not None:
+        choose(layer, layer.gate, layer.tail_queries)
+
+
+def _attend(
+    layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, *, valid: Tensor | None, causal: bool = False
+) -> Partial:
+    geometry = layer.geometry
+    output = attend(query, keys, values, scale=geometry.scale, causal=causal, valid=valid, softcap=geometry.softcap)
+    return Partial(*output)
+
+
+def _chunk_valid(layer: LayerCache, n_tokens: int) -> Tensor | None:
+    """Which of the next ``n_tokens`` tokens are real, bool [rows, n]; None when all are."""
+    padding = layer.anchors.padding
+    if padding is None:
+        return None
+    slots = torch.arange(layer.n_tokens, layer.n_tokens + n_tokens, device=padding.device)
+    return slots >= padding[:, None]
+
+
+def _rows(valid: Tensor, layer: LayerCache) -> Tensor:
+    return valid.expand(layer.geometry.rows, -1)

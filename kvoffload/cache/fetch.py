@@ -1,0 +1,182 @@
+"""Fetching selected slices from a store to the device, and streaming whole pages through it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from kvoffload_kernels.dispatch import gather_slices
+from kvoffload_storage.aligned import aligned_empty
+from kvoffload_storage.store import Moved, Store, Ticket
+from torch import Tensor
+
+from kvoffload.cache.slots import Slots
+from kvoffload.geometry import Geometry
+from kvoffload.values import Pages, Selection
+
+
+def pack_pages(pages: Pages) -> Tensor:
+    """Sealed pages as the store keeps them, uint8 [P, rows, slice_bytes]: [page][row][K|V][S][D] (DESIGN section 5)."""
+    keys, values = (t.transpose(0, 1).flatten(2).contiguous() for t in (pages.keys, pages.values))
+    return torch.cat([keys, values], dim=2).view(torch.uint8)
+
+
+def unpack_slices(data: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Views of slices uint8 [..., slice_bytes] as keys [..., S, D] and values [..., S, Dv]."""
+    numbers, size = data.view(geometry.dtype), geometry.page_size
+    keys, values = numbers.split([size * geometry.key_dim, size * geometry.value_dim], dim=-1)
+    return keys.unflatten(-1, (size, geometry.key_dim)), values.unflatten(-1, (size, geometry.value_dim))
+
+
+@dataclass
+class Traffic:
+    """Bytes that crossed from a slow tier to the compute device in one phase; ``mapped`` is counted on the device
+    itself."""
+
+    moved: Moved = field(default_factory=Moved)
+    mapped: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def add_mapped(self, n_bytes: Tensor | int) -> None:
+        device = n_bytes.device if isinstance(n_bytes, Tensor) else self.mapped.device
+        self.mapped = self.mapped.to(device) + n_bytes
+
+    def total(self) -> Moved:
+        """Both counts together; waits for the device."""
+        return self.moved + Moved(cpu=int(self.mapped))
+
+
+Arrival = tuple[Selection, Callable[[], Tensor]]
+"""Slices of a step and how to get them: the call waits if it must, and gives uint8 [F, slice_bytes] on the device."""
+
+
+class Fetch(ABC):
+    """Moves pages of one layer from the store to the device, and counts what really moved."""
+
+    def __init__(self, store: Store, layer: int, slots: Slots, geometry: Geometry) -> None:
+        self.store, self.layer, self.slots, self.geometry = store, layer, slots, geometry
+        self.device = slots.data.device
+        self.decode, self.prefill = Traffic(), Traffic()
+        self.n_asked, self.n_hits = 0, torch.zeros((), dtype=torch.int64)
+
+    @abstractmethod
+    def start(self, selection: Selection) -> list[Arrival]:
+        """Ask for the slices without waiting for slow bytes; those already on the device come first.
+
+        The tensors are valid until the next request.
+        """
+
+    @abstractmethod
+    def stream(self, block: int) -> Iterator[Pages]:
+        """All sealed pages in order, ``block`` at a time; counted as prefill traffic. ``valid`` is None: the caller
+        knows the padding. Each block is valid until the next is asked for."""
+
+    @contextmanager
+    def counted_as_prefill(self) -> Iterator[None]:
+        """Requests inside this block are part of the prefill: their bytes and hits leave the decode's counts alone."""
+        decode, asked, hits = self.decode, self.n_asked, self.n_hits
+        self.decode = self.prefill
+        try:
+            yield
+        finally:
+            self.decode, self.n_asked, self.n_hits = decode, asked, hits
+
+    def _admit(self, selection: Selection) -> tuple[Tensor, Tensor | None]:
+        places, hit = self.slots.admit(selection.page_ids * self.geometry.rows + selection.row_ids)
+        self.n_asked += len(selection)
+        if hit is not None:
+            self.n_hits = self.n_hits.to(hit.device) + hit.sum()
+        return places, hit
+
+    def _pages(self, data: Tensor) -> Pages:
+        keys, values = unpack_slices(data, self.geometry)
+        return Pages(keys.transpose(0, 1), values.transpose(0, 1), None)
+
+
+class MappedFetch(Fetch):
+    """For tiers that the device can address: a gather by device-side ids; nothing in a step waits for the host."""
+
+    def start(self, selection: Selection) -> list[Arrival]:
+        selection = selection.to(self.device)
+        places, hit = self._admit(selection)
+        ids = selection.page_ids * self.geometry.rows + selection.row_ids
+        missed = None if hit is None else ~hit
+        gather_slices(self._memory().flatten(0, 1), ids, self.slots.data, places, missed)
+        if self.store.tier != "gpu":
+            n_moved = len(selection) if missed is None else missed.sum()
+            self.decode.add_mapped(n_moved * self.geometry.slice_bytes)
+        data = self.slots.data
+        return [(selection, lambda: data[: len(selection)] if hit is None else data.index_select(0, places))]
+
+    def stream(self, block: int) -> Iterator[Pages]:
+        memory, n_pages = self._memory(), self.store.n_pages(self.layer)
+        for first in range(0, n_pages, block):
+            data = memory[first : min(first + block, n_pages)]
+            if self.store.tier != "gpu":
+                self.prefill.add_mapped(data.numel())
+            yield self._pages(data.to(self.device))
+
+    def _memory(self) -> Tensor:
+        memory = self.store.mapped(self.layer)
+        assert memory is not None, "MappedFetch needs an addressable store"
+        return memory
+
+
+class SubmittedFetch(Fetch):
+    """For tiers behind the host: the host learns the selection and submits the reads; hits are used while misses
+    travel.
+
+    One request is under way at a time, so its staging buffer is free again when the next one starts; copies out of it
+    are ordered by the device's stream, which ``wait`` on the following request's ids has synchronised.
+    """
+
+    def __init__(self, store: Store, layer: int, slots: Slots, geometry: Geometry) -> None:
+        super().__init__(store, layer, slots, geometry)
+        self._staging = aligned_empty(0)
+
+    def start(self, selection: Selection) -> list[Arrival]:
+        selection = selection.to(torch.device("cpu"))
+        places, hit = self._admit(selection)
+        if hit is None:
+            return [self._submit(selection, None)]
+        have = Selection(selection.row_ids[hit], selection.page_ids[hit])
+        want = Selection(selection.row_ids[~hit], selection.page_ids[~hit])
+        resident = self.slots.data.index_select(0, places[hit].to(self.device))
+        return [(have, lambda: resident), self._submit(want, places[~hit].to(self.device))]
+
+    def stream(self, block: int) -> Iterator[Pages]:
+        n_pages, size = self.store.n_pages(self.layer), self.geometry.rows * self.geometry.slice_bytes
+        starts = range(0, n_pages, block)
+        runs = [self._buffer(min(block, n_pages) * size) for _ in starts[:2]]
+
+        def ask(i: int) -> tuple[Tensor, Ticket]:
+            n = min(block, n_pages - starts[i])
+            out = runs[i % 2][: n * size].view(n, self.geometry.rows, self.geometry.slice_bytes)
+            return out, self.store.read_pages(self.layer, starts[i], out)
+
+        ahead = ask(0) if n_pages else None
+        for i in range(len(starts)):
+            assert ahead is not None
+            out, ticket = ahead
+            self.prefill.moved += ticket.wait()
+            ahead = ask(i + 1) if i + 1 < len(starts) else None
+            yield self._pages(out.to(self.device))
+
+    def _submit(self, selection: Selection, places: Tensor | None) -> Arrival:
+        n_bytes = len(selection) * self.geometry.slice_bytes
+        if n_bytes > self._staging.numel():
+            self._staging = self._buffer(n_bytes)
+        staged = self._staging[:n_bytes].view(len(selection), self.geometry.slice_bytes)
+        ticket = self.store.read_slices(self.layer, selection.page_ids, selection.row_ids, staged)
+
+        def arrive() -> Tensor:
+            self.decode.moved += ticket.wait()
+            data = staged.to(self.device)
+            if places is not None:
+                self.slots.data.index_copy_(0, places, data)
+            return data
+
+        return selection.to(self.device), arrive
+
+    def _buffer(self, n_bytes: int) -> Tensor:
+        return aligned_empty(n_bytes, pinned=self.device.type == "cuda")

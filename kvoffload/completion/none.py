@@ -1,0 +1,40 @@
+"""``none``: what was not read is dropped, and the softmax renormalised over the rest (plain Top-K)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvoffload.completion.base import Completion, CompletionConfigBase
+from kvoffload.geometry import Geometry
+from kvoffload.values import Fetched, Pages, Partial
+
+
+class NoCompletionConfig(CompletionConfigBase):
+    """Selection only."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
+        return NoCompletion(geometry.value_dim)
+
+    def index_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
+        return 0
+
+
+class NoCompletion(Completion):
+    def __init__(self, value_dim: int) -> None:
+        self._value_dim = value_dim
+
+    def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
+        """There is no state."""
+
+    def absorb(self, pages: Pages) -> None:
+        """There is no state."""
+
+    def estimate(self, query: Tensor, fetched: Fetched) -> Partial:
+        return Partial.empty(query, self._value_dim)
+
+    @property
+    def state_bytes(self) -> int:
+        return 0

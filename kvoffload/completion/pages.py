@@ -1,0 +1,49 @@
+"""``pages``: the tilted sums of every page that was not fetched (COMPLETION section 3 d); grows with the context.
+
+Nothing has to be removed: a fetched page's own term is left out.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvoffload.buffers import page_mask
+from kvoffload.completion.base import Completion, CompletionConfigBase
+from kvoffload.geometry import Geometry
+from kvoffload.page_sums import PageSums
+from kvoffload.values import Fetched, Pages, Partial
+
+
+class PagesCompletionConfig(CompletionConfigBase):
+    """Log mass, mean key and mean value of each page under the anchor, fp32."""
+
+    kind: Literal["pages"] = "pages"
+
+    def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
+        return PagesCompletion(geometry.value_dim)
+
+    def index_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
+        return n_tokens // page_size * (key_dim + value_dim + 1) * 4
+
+
+class PagesCompletion(Completion):
+    def __init__(self, value_dim: int) -> None:
+        self._value_dim = value_dim
+        self._sums = PageSums(keep_values=True)
+
+    def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
+        self._sums.reset(anchor)
+
+    def absorb(self, pages: Pages) -> None:
+        self._sums.absorb(pages)
+
+    def estimate(self, query: Tensor, fetched: Fetched) -> Partial:
+        if len(self._sums) == 0:
+            return Partial.empty(query, self._value_dim)
+        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], len(self._sums))
+        return Partial.weigh(self._sums.log_masses(query).masked_fill(read[:, None], -torch.inf), self._sums.values)
+
+    @property
+    def state_bytes(self) -> int:
+        return self._sums.used_bytes

@@ -1,0 +1,57 @@
+"""The contract of a selector: it keeps something of every sealed page and estimates each page's log mass for a
+query."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from kvoffload.geometry import Geometry
+from kvoffload.values import Pages
+
+
+class Selector(ABC):
+    """Page scores of one layer. Pages come in order, each once; queries are fp32 [rows, R, D], already scaled."""
+
+    device: torch.device
+    """Where the index lives and is scored; queries are given there."""
+
+    def reset(self, anchor: Tensor) -> None:  # noqa: B027 - most selectors have no use for the anchor
+        """Forget every page; ``anchor`` is the prefill's mean scaled query, fp32 [rows, D]."""
+
+    @abstractmethod
+    def absorb(self, pages: Pages) -> None:
+        """Take in the next sealed pages; the tensors are not kept."""
+
+    @abstractmethod
+    def score(self, query: Tensor) -> Tensor:
+        """Log mass of every page as estimated from the index, fp32 [rows, R, P]; called only when P > 0."""
+
+    @property
+    @abstractmethod
+    def index_bytes(self) -> int:
+        """Bytes of the index, all of them read in each step."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the selector keeps on ``device``."""
+        return self.index_bytes
+
+    @property
+    def reads_slow_tier(self) -> bool:
+        """Whether scoring reads KV bytes themselves, so that every step is charged ``index_bytes`` as read."""
+        return False
+
+
+class SelectorConfigBase(BaseModel):
+    """Fields of one kind of selector."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def build(self, geometry: Geometry, device: torch.device) -> Selector:
+        raise NotImplementedError
+
+    def index_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
+        """Bytes that the index keeps of ``n_tokens`` tokens of one kv head, for plans made before a model is loaded."""
+        raise NotImplementedError

@@ -1,0 +1,112 @@
+"""The values that cross module borders: partial attentions, sealed pages, selections and fetched slices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from kvoffload_kernels.dense_attention.reference import weigh
+from kvoffload_kernels.merge.reference import merge as merge_partials
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some of the keys: output [..., Dv] and log-sum-exp [...] of its logits, fp32; lse = -inf is
+    empty."""
+
+    output: Tensor
+    lse: Tensor
+
+    @staticmethod
+    def empty(query: Tensor, value_dim: int) -> "Partial":
+        """No keys at all, for queries [..., D]."""
+        shape = query.shape[:-1]
+        return Partial(query.new_zeros(*shape, value_dim), query.new_full(shape, -torch.inf))
+
+    @staticmethod
+    def weigh(logits: Tensor, values: Tensor) -> "Partial":
+        """From logits [rows, R, N] and values [rows, N, Dv]."""
+        return Partial(*weigh(logits, values))
+
+    def masked(self, keep: Tensor) -> "Partial":
+        """Empty wherever ``keep`` (bool, shape of lse) is false."""
+        return Partial(self.output.masked_fill(~keep[..., None], 0.0), self.lse.masked_fill(~keep, -torch.inf))
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """One partial over the union of disjoint key sets; empty ones change nothing, to the bit."""
+    return reduce(lambda a, b: Partial(*merge_partials(a.output, a.lse, b.output, b.lse)), partials)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Consecutive sealed pages of one layer: keys [rows, P, S, D], values [rows, P, S, Dv], valid bool [rows, P, S]
+    or None (every token counts). Views: who keeps them copies them."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+
+    @property
+    def n_pages(self) -> int:
+        return self.keys.shape[1]
+
+    def run(self, start: int, stop: int) -> "Pages":
+        """Pages start .. stop - 1 of these."""
+        valid = None if self.valid is None else self.valid[:, start:stop]
+        return Pages(self.keys[:, start:stop], self.values[:, start:stop], valid)
+
+    def log_valid(self) -> Tensor:
+        """0 where a token counts and -inf elsewhere, fp32 [rows, P, S]."""
+        zeros = torch.zeros(self.keys.shape[:3], device=self.keys.device)
+        return zeros if self.valid is None else zeros.masked_fill(~self.valid, -torch.inf)
+
+    def counts(self) -> Tensor:
+        """Valid tokens of each page, fp32 [rows, P]."""
+        return self.log_valid().exp().sum(-1)
+
+    def to(self, device: torch.device) -> "Pages":
+        valid = None if self.valid is None else self.valid.to(device)
+        return Pages(self.keys.to(device), self.values.to(device), valid)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Slices to read in one layer and step: int64 [F] each, distinct pairs, in no particular order."""
+
+    row_ids: Tensor
+    page_ids: Tensor
+
+    def __len__(self) -> int:
+        return self.row_ids.shape[0]
+
+    def to(self, device: torch.device) -> "Selection":
+        return Selection(self.row_ids.to(device), self.page_ids.to(device))
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Selected slices on the device: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, ids int64 [F]."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    row_ids: Tensor
+    page_ids: Tensor
+
+    def log_valid(self) -> Tensor:
+        """0 where a token counts and -inf elsewhere, fp32 [F, S]."""
+        zeros = torch.zeros(self.keys.shape[:2], device=self.keys.device)
+        return zeros if self.valid is None else zeros.masked_fill(~self.valid, -torch.inf)
+
+    @staticmethod
+    def join(parts: Sequence["Fetched"]) -> "Fetched":
+        """All slices in one; a single part is returned as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        valid = None if parts[0].valid is None else torch.cat([p.valid for p in parts if p.valid is not None])
+        keys, values, rows, pages = (
+            torch.cat(t) for t in zip(*[(p.keys, p.values, p.row_ids, p.page_ids) for p in parts], strict=True)
+        )
+        return Fetched(keys, values, valid, rows, pages)

@@ -1,0 +1,24 @@
+"""Shared set-up: kernels run in triton's interpreter, and uninitialised memory is poisoned."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN (or 0xFF), so that a missed write is seen."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "meta":
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(0xFF) if tensor.dtype == torch.uint8 else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))

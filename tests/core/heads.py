@@ -1,0 +1,64 @@
+"""Random heads and a plain softmax to compare with."""
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from kvoffload.geometry import Geometry
+from kvoffload.values import Fetched, Pages, Partial
+
+CPU = torch.device("cpu")
+
+
+def geometry(**sizes: int) -> Geometry:
+    """Two rows of three query heads; key and value sizes differ on purpose."""
+    defaults = dict(n_sequences=1, n_kv_heads=2, group_size=3, key_dim=8, value_dim=16, page_size=4)
+    return Geometry(**(defaults | sizes), dtype=torch.float32, scale=1.0)
+
+
+def random_pages(shape: Geometry, n_pages: int, *, padded: bool = False, seed: int = 0) -> Pages:
+    """Pages of normal keys and values; with ``padded`` the first six tokens of row 0 do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape.rows, n_pages, shape.page_size)
+    keys, values = (torch.randn(*size, d, generator=generator) for d in (shape.key_dim, shape.value_dim))
+    valid = None
+    if padded:
+        valid = torch.ones(size, dtype=torch.bool)
+        valid.view(shape.rows, -1)[0, :6] = False
+    return Pages(keys, values, valid)
+
+
+def random_query(shape: Geometry, seed: int = 1) -> Tensor:
+    return torch.randn(shape.rows, shape.group_size, shape.key_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def fetch(pages: Pages, pairs: list[tuple[int, int]]) -> Fetched:
+    """The slices at (row, page) pairs."""
+    rows, ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()
+    valid = None if pages.valid is None else pages.valid[rows, ids]
+    return Fetched(pages.keys[rows, ids], pages.values[rows, ids], valid, rows, ids)
+
+
+def all_pairs(pages: Pages) -> list[tuple[int, int]]:
+    return [(row, page) for row in range(pages.keys.shape[0]) for page in range(pages.n_pages)]
+
+
+def softmax_over(query: Tensor, pages: Pages, pairs: list[tuple[int, int]]) -> Partial:
+    """Plain attention of each row's queries over the tokens of its pages among ``pairs``, in fp64."""
+    keep = torch.zeros(pages.keys.shape[:3], dtype=torch.bool)
+    for row, page in pairs:
+        keep[row, page] = True if pages.valid is None else pages.valid[row, page]
+    keys, values = pages.keys.double().flatten(1, 2), pages.values.double().flatten(1, 2)
+    logits = (query.double() @ keys.transpose(-1, -2)).masked_fill(~keep.flatten(1)[:, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse[..., None]).exp().nan_to_num(0.0)
+    return Partial((weights @ values).float(), lse.float())
+
+
+def kinds(union: object) -> list[type]:
+    """The configuration classes of a discriminated union."""
+    return list(get_args(get_args(union)[0]))
+
+
+__all__ = ["CPU", "all_pairs", "fetch", "geometry", "kinds", "random_pages", "random_query", "softmax_over"]
