@@ -1,0 +1,213 @@
+"""The cache that a transformers model is given: the library's own, with its unbounded layers replaced by ours."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn, Self
+
+import torch
+from kvoffload.config import RuntimeConfig
+from kvoffload_storage.file import FileStore
+from kvoffload_storage.memory import MemoryStore
+from kvoffload_storage.store import Store, StoreShape
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from kvoffload.attention.build import build_layer
+from kvoffload.attention.decode import decode
+from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.prefill import prefill, prepare
+from kvoffload.errors import UnsupportedModelError, UsageError
+from kvoffload.geometry import Geometry
+from kvoffload.values import Partial
+
+_UPDATED: ContextVar["OffloadLayer | None"] = ContextVar("updated layer", default=None)
+
+
+class OffloadLayer(CacheLayerMixin):
+    """One layer's place in the cache. Its KV is built at the first attention call, which shows heads, sizes and
+    dtype."""
+
+    is_sliding, is_compileable, is_croppable, supports_early_init = False, False, True, False
+
+    def __init__(self, cache: "OffloadCache", index: int, place: int) -> None:
+        super().__init__()
+        self._cache, self._index, self._place = cache, index, place
+        self.kv: LayerCache | None = None
+        self.n_seen = 0
+        self._pending = False
+        self.is_initialized = True
+
+    @staticmethod
+    def of(key: Tensor) -> "OffloadLayer | None":
+        """The layer whose ``update`` gave these keys, or was called last where the model rebuilt them since (MLA)."""
+        tagged: OffloadLayer | None = getattr(key, "_kvoffload_layer", None)
+        updated = _UPDATED.get()
+        _UPDATED.set(None)
+        return tagged or updated
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do before attention runs."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.n_seen += key_states.shape[-2]
+        self._pending = True
+        _UPDATED.set(self)
+        key_states = key_states.view_as(key_states)
+        key_states._kvoffload_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
+    ) -> Partial:
+        """Append the new tokens and attend: query [B, H, Q, D], key [B, G, Q, D] to a partial [rows, R, Q, Dv]."""
+        if not self._pending:
+            raise UnsupportedModelError("this model attends twice to one layer's KV, which is not supported")
+        self._pending = False
+        n_sequences, n_heads = key.shape[:2]
+        group = query.shape[1] // n_heads
+        q = query.reshape(n_sequences * n_heads, group, *query.shape[2:])
+        k, v = key.flatten(0, 1), value.flatten(0, 1)
+        if self.kv is None:
+            sizes = (n_sequences, n_heads, group, k.shape[-1], v.shape[-1])
+            geometry = Geometry(*sizes, self._cache.config.page_size, k.dtype, scale, softcap)
+            self.kv = self._cache.build(self._index, self._place, geometry, k, v)
+        if q.shape[2] > 1 or self._cache.exact or self.kv.n_tokens == 0:
+            self._note_padding(self.kv, mask, n_heads)
+            self.kv.remember_queries(q)
+            return prefill(self.kv, q, k, v)
+        prepare(self.kv)
+        step = decode(self.kv, q[:, :, 0], k, v)
+        return Partial(step.output[:, :, None], step.lse[:, :, None])
+
+    def get_seq_length(self) -> int:
+        return self.n_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.n_seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens (transformers passes their number, negative or not); sealed ones cannot go."""
+        n_tokens = abs(tokens_to_remove)
+        if self.kv is not None:
+            try:
+                self.kv.anchors.crop(n_tokens)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+        self.n_seen -= n_tokens
+
+    def reset(self) -> NoReturn:
+        raise UsageError("an offloaded cache cannot be reset: open a new one")
+
+    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
+        raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")
+
+    batch_repeat_interleave = batch_select_indices = reorder_cache  # type: ignore[assignment]
+
+    def _note_padding(self, kv: LayerCache, mask: Tensor | None, n_heads: int) -> None:
+        """Left padding of each row from bool [B, 1, 1, KV]; anything but left padding is refused."""
+        if mask is None:
+            return
+        if mask.dtype != torch.bool or mask.shape[-2] != 1:
+            raise UnsupportedModelError(f"an attention mask of shape {list(mask.shape)} is not supported")
+        real = mask[:, 0, 0]
+        padding = (~real).sum(-1)
+        slots = torch.arange(real.shape[1], device=real.device)
+        if not bool((real == (slots >= padding[:, None])).all()):
+            raise UsageError("attention_mask must be left padding: zeros, then ones, in every row")
+        if kv.anchors.padding is not None or bool(padding.any()):
+            kv.anchors.padding = padding.repeat_interleave(n_heads)
+
+
+class OffloadCache(DynamicCache):
+    """A DynamicCache whose full-attention layers keep their KV in the configured tier.
+
+    Pass it to ``generate(past_key_values=cache)`` of a model whose attention implementation is ours, and close it (or
+    use it in a ``with`` block): files and pinned memory are given back then. One thread at a time.
+    """
+
+    def __init__(self, model_config: PreTrainedConfig, config: RuntimeConfig, *, expected_tokens: int = 0) -> None:
+        super().__init__(config=model_config)
+        if not self.layers:
+            n_layers = model_config.get_text_config(decoder=True).num_hidden_layers
+            self.layers = [DynamicLayer() for _ in range(n_layers)]
+            self.layer_class_to_replicate = None
+        unbounded = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        if not unbounded:
+            raise UnsupportedModelError(
+                f"no layer of this {model_config.model_type} model has KV that grows with the context"
+            )
+        for place, i in enumerate(unbounded):
+            self.layers[i] = OffloadLayer(self, i, place)
+        self.n_offloaded = len(unbounded)
+        self.config, self.exact = config, False
+        self._expected_tokens = expected_tokens
+        self._stores: dict[StoreShape, Store] = {}
+        self.wrap_store: Callable[[Store], Store] = lambda store: store
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def offloaded(self) -> list[LayerCache]:
+        """The layers whose KV has begun."""
+        return [x.kv for x in self.layers if isinstance(x, OffloadLayer) and x.kv is not None]
+
+    @property
+    def stores(self) -> list[Store]:
+        return list(self._stores.values())
+
+    @contextmanager
+    def prefilling(self) -> Iterator[None]:
+        """Inside this block every forward is exact, also one of a single token."""
+        self.exact = True
+        try:
+            yield
+        finally:
+            self.exact = False
+
+    def build(self, index: int, place: int, geometry: Geometry, keys: Tensor, values: Tensor) -> LayerCache:
+        """The cache of the model's layer ``index``, the ``place``-th offloaded one; called once by its first
+        attention."""
+        shape = StoreShape(self.n_offloaded, geometry.rows, geometry.slice_bytes)
+        if shape not in self._stores:
+            capacity = -(-self._expected_tokens // geometry.page_size)
+            self._stores[shape] = self.wrap_store(_open_store(self.config, shape, capacity, keys.device))
+        return build_layer(
+            self.config, geometry, self._stores[shape], place, model_layer=index, keys=keys, values=values
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
+        raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")
+
+    def close(self) -> None:
+        """Give back memory, files and threads; a second call does nothing."""
+        for store in self._stores.values():
+            store.close()
+
+
+def _open_store(config: RuntimeConfig, shape: StoreShape, capacity_pages: int, device: torch.device) -> Store:
+    if config.offload == "nvme":
+        return FileStore(
+            config.nvme_dir,
+            shape,
+            engine=config.io_engine,
+            capacity_pages=capacity_pages,
+            max_bytes=config.nvme_max,
+            direct=config.direct,
+            pinned=device.type == "cuda",
+        )
+    if config.offload == "cpu":
+        pinned = device.type == "cuda"
+        return MemoryStore(shape, tier="cpu", pinned=pinned, capacity_pages=capacity_pages, max_bytes=config.cpu_max)
+    return MemoryStore(shape, tier="gpu", device=device, capacity_pages=capacity_pages)

@@ -1,0 +1,79 @@
+"""The start-up parity test: random tokens through the loaded model's own attention and through ours at full budget."""
+
+from typing import Any
+
+import torch
+from kvoffload.config import RuntimeConfig
+from torch import Tensor
+
+from kvoffload.errors import UnsupportedModelError
+from kvoffload.models.cache import OffloadCache
+from kvoffload.models.hf import NAME, register
+from kvoffload.units import Budget
+
+_N_TOKENS, _N_STEPS = 64, 4
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def switch_attention(model: Any) -> str:
+    """Send the model's attention through ours; returns what it used before. Raises UnsupportedModelError by name."""
+    register()
+    before: str = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise _refused(model, str(error)) from error
+    if model.config._attn_implementation != NAME:
+        raise _refused(model, "it does not use transformers' attention interface")
+    return before
+
+
+@torch.inference_mode()
+def check_parity(model: Any, config: RuntimeConfig) -> float:
+    """Largest logit difference relative to the largest logit; the model is left with our attention.
+
+    The test cache has small pages and windows, so that sinks, window, sealed pages, selector and completion all take
+    part.
+    """
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (1, _N_TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
+    before = switch_attention(model)
+    model.set_attn_implementation(_own(model, before))
+    expected = model(ids, use_cache=False).logits[0, -_N_STEPS - 1 :].float()
+    switch_attention(model)
+    given = _through_cache(model, ids, config)
+    error = ((given - expected).abs().max() / expected.abs().max()).item()
+    tolerance = _TOLERANCE[model.dtype]
+    if not error <= tolerance:
+        raise _refused(
+            model, f"its logits differ by {error:.1e} of the largest logit at full budget (allowed: {tolerance:.0e})"
+        )
+    return error
+
+
+def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
+    small = {"sinks": 4, "recent": 8, "page_size": 4, "budget": Budget.parse("100%"), "gate": False}
+    first = {"completion": config.completion[:1], "nvme_max": None, "cpu_max": None, "gpu_cache": None}
+    cache = OffloadCache(model.config, config.model_copy(update=small | first))
+    with cache:
+        prompt = ids[:, : _N_TOKENS - _N_STEPS]
+        try:
+            logits = [model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]]
+            for token in ids[:, _N_TOKENS - _N_STEPS :].split(1, dim=1):
+                logits.append(model(token, past_key_values=cache, use_cache=True).logits[0])
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise _refused(model, f"it fails under our cache: {error}") from error
+        if len(cache.offloaded) != cache.n_offloaded:
+            raise _refused(model, "it never calls transformers' attention interface")
+    return torch.cat(logits).float()
+
+
+def _own(model: Any, before: str) -> str:
+    """The attention to compare with: eager where sdpa would leave out soft-capping or sinks."""
+    config = model.config.get_text_config(decoder=True)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "eager" if capped or not model._supports_sdpa or before in ("eager", NAME) else "sdpa"
+
+
+def _refused(model: Any, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{type(model).__name__} ({model.config.model_type}) cannot be run: {why}")

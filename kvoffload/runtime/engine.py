@@ -1,0 +1,64 @@
+"""``Runtime``: a model, a configuration, and sessions over them."""
+
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from kvoffload.config import RuntimeConfig, explain
+from kvoffload.models.catalog import LoadedModel, load_model, resolve
+
+from kvoffload.errors import UsageError
+from kvoffload.models.cache import OffloadCache
+from kvoffload.models.self_test import check_parity, switch_attention
+from kvoffload.runtime.session import Session
+
+
+def _settings(fields: dict[str, Any]) -> RuntimeConfig:
+    try:
+        return RuntimeConfig(**fields)
+    except ValidationError as error:
+        raise UsageError(explain(error, RuntimeConfig.model_fields)) from None
+
+
+class Runtime:
+    """Runs a causal language model with its KV in the configured tier.
+
+    ``Runtime.from_pretrained("smollm2-135m", offload="nvme", budget="5%")`` loads a model; ``Runtime(None, config)``
+    only attaches to models that the caller has loaded.
+    """
+
+    def __init__(self, loaded: LoadedModel | None, config: RuntimeConfig | None = None) -> None:
+        self.config = config or RuntimeConfig()
+        self.loaded = loaded
+        if loaded is not None:
+            self._take_over(loaded.model)
+
+    @classmethod
+    def from_pretrained(cls, model: str, **config: Any) -> Self:
+        """``model`` is a built-in name, a Hugging Face folder or hub name, or a .gguf file; ``config`` are the fields
+        of RuntimeConfig. Raises UsageError for what it cannot accept, before any weights load."""
+        settings = _settings(config)
+        loaded = load_model(resolve(model), dtype=settings.dtype, device=settings.device)
+        return cls(loaded, settings)
+
+    def session(self, *, expected_tokens: int = 0) -> Session:
+        """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth."""
+        if self.loaded is None:
+            raise UsageError("this Runtime has no model of its own: use attach(), or Runtime.from_pretrained()")
+        return Session(self.loaded.model, self.loaded.tokenizer, self.config, expected_tokens=expected_tokens)
+
+    def attach(self, hf_model: Any, *, expected_tokens: int = 0) -> OffloadCache:
+        """A cache for the stock ``hf_model.generate(past_key_values=cache)``, batches with left padding included.
+
+        The model's attention implementation is switched to ours (its results with other caches stay the same). One
+        cache serves one batch of sequences; close it afterwards. num_beams > 1 is refused.
+        """
+        self._take_over(hf_model)
+        return OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens)
+
+    def _take_over(self, model: Any) -> None:
+        if getattr(model, "_kvoffload_checked", False) or not self.config.self_test:
+            switch_attention(model)
+            return
+        check_parity(model, self.config)
+        model._kvoffload_checked = True

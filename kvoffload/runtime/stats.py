@@ -1,0 +1,95 @@
+"""What a session moved, in bytes and in token-equivalents (DESIGN section 3)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvoffload_storage.store import Moved
+
+from kvoffload.attention.layer import LayerCache
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Means over decode steps, layers and kv heads; shares are of the mean context length. None where no step was
+    made."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float | None
+    tpot_ms: float | None
+    budget_tokens: float | None
+    read_tokens_per_step: float | None
+    read_share: float | None
+    charged_tokens_per_step: float | None
+    charged_share: float | None
+    bytes_read: dict[str, int]
+    decode_bytes_read: dict[str, int]
+    bytes_written: dict[str, int]
+    resident_bytes: int
+    index_host_bytes: int
+    completion_mass: float | None
+    hit_rate: float | None
+    gate_abstains: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Token-equivalents of the decode steps of all layers."""
+
+    read: float
+    charged: float
+    context: float
+
+    @staticmethod
+    def of(layers: Sequence[LayerCache]) -> "Reads | None":
+        """Per step, layer and kv head; None before the first step with pages."""
+        n_steps = sum(layer.meter.steps for layer in layers)
+        if n_steps == 0:
+            return None
+        read = charged = 0.0
+        for layer in layers:
+            moved = layer.fetch.decode.total()
+            n_read = moved.cpu + moved.nvme + layer.meter.index_bytes_read
+            unit = layer.geometry.rows * layer.geometry.token_bytes
+            read += n_read / unit
+            charged += (n_read + layer.meter.state_bytes_touched) / unit
+        context = sum(layer.meter.context_tokens for layer in layers)
+        return Reads(read / n_steps, charged / n_steps, context / n_steps)
+
+
+def collect(
+    layers: Sequence[LayerCache], *, prompt_tokens: int, new_tokens: int, ttft_s: float | None, tpot_ms: float | None
+) -> Stats:
+    """Ask the layers; waits for the device once."""
+    reads = Reads.of(layers)
+    decode = sum((layer.fetch.decode.total() for layer in layers), Moved())
+    index_read = sum(layer.meter.index_bytes_read for layer in layers)
+    decode += Moved(cpu=index_read)
+    read = sum((layer.fetch.prefill.total() for layer in layers), decode)
+    written = sum((layer.meter.written for layer in layers), Moved())
+    n_asked = sum(layer.fetch.n_asked for layer in layers)
+    masses = [float(x.meter.completion_mass) / x.meter.steps for x in layers if x.meter.completion_mass is not None]
+    chosen = [layer.gate.choice for layer in layers if layer.gate is not None and layer.gate.choice is not None]
+    return Stats(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        ttft_s=ttft_s,
+        tpot_ms=tpot_ms,
+        budget_tokens=layers[0].budget.tokens(layers[0].n_tokens) if layers else None,
+        read_tokens_per_step=reads and reads.read,
+        read_share=reads and reads.read / reads.context,
+        charged_tokens_per_step=reads and reads.charged,
+        charged_share=reads and reads.charged / reads.context,
+        bytes_read={"cpu": read.cpu, "nvme": read.nvme},
+        decode_bytes_read={"cpu": decode.cpu, "nvme": decode.nvme},
+        bytes_written={"cpu": written.cpu, "nvme": written.nvme},
+        resident_bytes=sum(layer.resident_bytes for layer in layers),
+        index_host_bytes=sum(layer.index_host_bytes for layer in layers),
+        completion_mass=sum(masses) / len(masses) if masses else None,
+        hit_rate=sum(int(layer.fetch.n_hits) for layer in layers) / n_asked if n_asked else None,
+        gate_abstains=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
+    )
