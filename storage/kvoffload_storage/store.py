@@ -65,7 +65,8 @@ class Store(ABC):
         """Add pages at the end of a layer; uint8 [n, n_slices, slice_bytes] on any device, n may be 0.
 
         The tensor may be reused when the call returns. A page can be read at once, also while its write is under way.
-        Raises CapacityError when there is no room, and then keeps every page appended before.
+        Raises CapacityError when there is no room, and then keeps every page appended before. A store that finds out
+        during the call (a write behind it failed) may have taken a first part of ``pages``; ``n_pages`` says how many.
         """
 
     @abstractmethod

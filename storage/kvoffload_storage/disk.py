@@ -1,0 +1,119 @@
+"""What a directory's disk can do: direct I/O or not, free bytes, and a short measurement."""
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .aligned import BLOCK_BYTES, aligned_empty
+from .engines import ReadJob, build_engine
+from .errors import UnavailableError
+from .format import PageLayout
+from .page_file import PageFile, storage_error, write_all
+
+WRITE_BYTES = 1 << 20
+READ_BYTES = 64 << 10
+READ_DEPTH = 8
+MAX_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Sequential writes of 1 MiB, one at a time, and random reads of 64 KiB, eight in flight; MB is 10^6 bytes."""
+
+    write_mb_s: float
+    read_mb_s: float
+    read_iops: float
+    direct: bool
+    direct_note: str
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that an unprivileged user may still write in that directory."""
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError as error:
+        raise UnavailableError(f"{directory}: {error.strerror}") from error
+
+
+def probe_direct(directory: Path) -> tuple[bool, str]:
+    """Whether files in ``directory`` take direct I/O, tried by an aligned write and read; and why not, else ""."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="probe-", dir=directory) as folder:
+            return _try_direct(Path(folder) / "probe")
+    except OSError as error:
+        raise UnavailableError(f"{directory}: cannot be written: {error.strerror}") from error
+
+
+def measure_disk(directory: Path, seconds: float = 0.5) -> DiskSpeed:
+    """Write, then read, for about ``seconds`` each, in a temporary file of at most 256 MiB."""
+    direct, note = probe_direct(directory)
+    with tempfile.TemporaryDirectory(prefix="speed-", dir=directory) as folder:
+        path = Path(folder) / "speed"
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        file = PageFile(path, os.open(path, flags, 0o600), PageLayout(1, READ_BYTES), direct=direct)
+        try:
+            n_bytes, write_s = _write(file, seconds)
+            n_reads, read_s = _read(file, n_bytes, seconds)
+        except OSError as error:
+            raise storage_error(error, path, WRITE_BYTES) from error
+        finally:
+            file.close()
+    iops = n_reads / read_s
+    return DiskSpeed(n_bytes / write_s / 1e6, iops * READ_BYTES / 1e6, iops, direct, note)
+
+
+def _try_direct(path: Path) -> tuple[bool, str]:
+    block = aligned_empty(2 * BLOCK_BYTES).numpy()
+    block[:BLOCK_BYTES], block[BLOCK_BYTES:] = 0xA5, 0
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        return False, f"direct I/O refused at open: {error.strerror}"
+    try:
+        os.pwrite(fd, block[:BLOCK_BYTES].data, 0)
+        os.preadv(fd, [block[BLOCK_BYTES:].data], 0)
+    except OSError as error:
+        return False, f"direct I/O refused at the first block: {error.strerror}"
+    finally:
+        os.close(fd)
+    if not np.array_equal(block[:BLOCK_BYTES], block[BLOCK_BYTES:]):
+        return False, "direct I/O brought back other bytes"
+    return True, ""
+
+
+def _write(file: PageFile, seconds: float) -> tuple[int, float]:
+    """Bytes written and the time until the disk had them."""
+    block = aligned_empty(WRITE_BYTES).numpy()
+    block[:] = np.random.default_rng(0).integers(0, 256, WRITE_BYTES, dtype=np.uint8)
+    n_bytes, start = 0, time.perf_counter()
+    while n_bytes < MAX_FILE_BYTES and (not n_bytes or time.perf_counter() - start < seconds):
+        write_all(file.fd, block.data, n_bytes)
+        n_bytes += WRITE_BYTES
+    os.fdatasync(file.fd)
+    return n_bytes, time.perf_counter() - start
+
+
+def _read(file: PageFile, n_bytes: int, seconds: float) -> tuple[int, float]:
+    """Reads done and the time they took, in batches of eight per thread."""
+    engine = build_engine("threads", n_threads=READ_DEPTH)
+    n_batch = 8 * READ_DEPTH
+    memory = aligned_empty(n_batch * READ_BYTES).numpy().reshape(n_batch, READ_BYTES)
+    random = np.random.default_rng(1)
+    n_reads, start = 0, time.perf_counter()
+    try:
+        while not n_reads or time.perf_counter() - start < seconds:
+            offsets = random.integers(0, n_bytes // READ_BYTES, n_batch) * READ_BYTES
+            jobs = [
+                ReadJob(offset, READ_BYTES, (row,), (0,), True)
+                for offset, row in zip(offsets.tolist(), memory, strict=True)
+            ]
+            engine.read(file, jobs).result()
+            n_reads += n_batch
+        return n_reads, time.perf_counter() - start
+    finally:
+        engine.close()

@@ -1,0 +1,102 @@
+"""One layer's file: created with its header, preallocated, grown, written at page boundaries."""
+
+import errno
+import os
+import shutil
+import weakref
+from pathlib import Path
+
+from .aligned import BLOCK_BYTES, aligned_empty
+from .errors import CapacityError, IntegrityError, StorageError
+from .format import HEADER_BYTES, Header, PageLayout, decode_header, encode_header, layer_file_name, layout_of
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class PageFile:
+    """An open layer file, the owner of its descriptor.
+
+    Thread-safety: ``fd`` is only used with positioned reads and writes, so any number of threads may use it. Every job
+    in flight holds the PageFile, and the descriptor closes with the last reference or with ``close``; hence no job can
+    ever meet a descriptor number that was given to another file. ``close`` is called after the threads have stopped.
+    """
+
+    def __init__(self, path: Path, fd: int, layout: PageLayout, *, direct: bool) -> None:
+        self.path = path
+        self.fd = fd
+        self.layout = layout
+        self.direct = direct
+        self.n_allocated = max(0, (os.fstat(fd).st_size - HEADER_BYTES) // layout.page_stride)
+        self._closer = weakref.finalize(self, os.close, fd)
+
+    @classmethod
+    def create(cls, directory: Path, header: Header, *, n_pages: int, direct: bool) -> "PageFile":
+        """A new file with its header and room for ``n_pages``; CapacityError when the disk has none."""
+        path = directory / layer_file_name(header.layer)
+        try:
+            fd = os.open(path, _flags(direct) | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            raise storage_error(error, path, HEADER_BYTES) from error
+        file = cls(path, fd, layout_of(header.shape), direct=direct)
+        block = aligned_empty(HEADER_BYTES).numpy()
+        block[:] = memoryview(encode_header(header))
+        try:
+            file.allocate(n_pages)
+            write_all(fd, block.data, 0)
+        except OSError as error:
+            raise storage_error(error, path, HEADER_BYTES) from error
+        return file
+
+    @classmethod
+    def reopen(cls, directory: Path, header: Header, *, n_pages: int, direct: bool) -> "PageFile":
+        """A kept file; IntegrityError when it is missing, has another header or is too short for ``n_pages``."""
+        path = directory / layer_file_name(header.layer)
+        try:
+            fd = os.open(path, _flags(direct) | os.O_NOFOLLOW)
+        except OSError as error:
+            raise IntegrityError(f"{path}: {os.strerror(error.errno or 0)}") from error
+        file = cls(path, fd, layout_of(header.shape), direct=direct)
+        block = aligned_empty(HEADER_BYTES).numpy()
+        n_read = os.preadv(fd, [block.data], 0)
+        found = decode_header(block[:n_read].tobytes(), name=str(path))
+        if found != header:
+            raise IntegrityError(f"{path}: header says {found}, expected {header}")
+        if file.n_allocated < n_pages:
+            raise IntegrityError(f"{path}: room for {file.n_allocated} pages, the manifest says {n_pages}")
+        return file
+
+    def allocate(self, n_pages: int) -> None:
+        """Make room for ``n_pages`` in all; CapacityError, and the file as it was, when the disk has none."""
+        if n_pages <= self.n_allocated and self.n_allocated:
+            return
+        before = os.fstat(self.fd).st_size
+        size = self.layout.page_offset(n_pages)
+        try:
+            os.posix_fallocate(self.fd, 0, size)
+        except OSError as error:
+            os.ftruncate(self.fd, before)
+            raise storage_error(error, self.path, size - before) from error
+        self.n_allocated = n_pages
+
+    def close(self) -> None:
+        self._closer()
+
+
+def write_all(fd: int, view: memoryview, offset: int) -> None:
+    """``pwrite`` until every byte of ``view`` is written."""
+    while view:
+        n_written = os.pwrite(fd, view, offset)
+        view, offset = view[n_written:], offset + n_written
+
+
+def storage_error(error: OSError, path: Path, n_bytes: int) -> StorageError:
+    """What a failed system call on ``path`` means: CapacityError when there was no room for ``n_bytes``."""
+    if error.errno in _NO_SPACE:
+        free = shutil.disk_usage(path.parent).free
+        return CapacityError(f"{path}: no room for {n_bytes:,} bytes, {free:,} bytes free ({error.strerror})")
+    return StorageError(f"{path}: {error.strerror or error}")
+
+
+def _flags(direct: bool) -> int:
+    assert HEADER_BYTES == BLOCK_BYTES
+    return os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)

@@ -1,0 +1,13 @@
+"""Tickets that several stores hand out."""
+
+from .store import Moved, Ticket
+
+
+class DoneTicket(Ticket):
+    """A read that was over before its ticket was made."""
+
+    def __init__(self, moved: Moved) -> None:
+        self._moved = moved
+
+    def wait(self) -> Moved:
+        return self._moved
