@@ -23,7 +23,9 @@ def attend(
     return dense.attend(query, keys, values, scale=scale, causal=causal, valid=valid, softcap=softcap)
 
 
-def gather_slices(source: Tensor, source_ids: Tensor, out: Tensor, out_ids: Tensor, wanted: Tensor | None) -> None:
+def gather_slices(
+    source: Tensor, source_ids: Tensor, out: Tensor, out_ids: Tensor | None = None, wanted: Tensor | None = None
+) -> None:
     """``gather.reference.gather_slices``; on a GPU the zero-copy kernel, which needs no host round trip."""
     if out.is_cuda:
         from kvoffload_kernels.gather import kernel  # triton is imported only where there is a GPU

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from kvoffload.config import RuntimeConfig
 from kvoffload_storage.store import Store
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from kvoffload.cache.fetch import MappedFetch, SubmittedFetch
 from kvoffload.cache.slots import PageCache, Slots, Staging
 from kvoffload.completion.base import Completion
 from kvoffload.completion.gated import GatedCompletion
+from kvoffload.config import RuntimeConfig
 from kvoffload.geometry import Geometry
 from kvoffload.units import Budget
 

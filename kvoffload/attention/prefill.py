@@ -8,6 +8,7 @@ from torch import Tensor
 from kvoffload.attention.gate import choose
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.stream import stream
+from kvoffload.cache.fetch import pack_pages
 from kvoffload.values import Partial, merge
 
 
@@ -63,3 +64,11 @@ def _chunk_valid(layer: LayerCache, n_tokens: int) -> Tensor | None:
 
 def _rows(valid: Tensor, layer: LayerCache) -> Tensor:
     return valid.expand(layer.geometry.rows, -1)
+
+
+def refill(layer: LayerCache, source: LayerCache) -> None:
+    """Give an empty layer the tokens of another one with the same page size and anchors; summaries are made anew."""
+    for pages in source.fetch.stream(1024):
+        layer.meter.written += layer.store.append(layer.layer, pack_pages(pages))
+    layer.anchors.copy_from(source.anchors)
+    layer.tail_queries, layer.ready = source.tail_queries, False

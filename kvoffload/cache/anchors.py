@@ -37,6 +37,16 @@ class Anchors:
         return tensor_bytes(self.keys, self.values)
 
     @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def copy_from(self, other: "Anchors") -> None:
+        """The same tokens in the same places."""
+        self.keys.copy_(other.keys)
+        self.values.copy_(other.values)
+        self.n_tokens, self.n_window, self.padding = other.n_tokens, other.n_window, other.padding
+
+    @property
     def n_sealed(self) -> int:
         """Pages sealed so far; page p holds the slots from n_sinks + p * page_size on."""
         return (max(self.n_tokens - self.n_sinks, 0) - self.n_window) // self.page_size

@@ -81,12 +81,12 @@ class Fetch(ABC):
         finally:
             self.decode, self.n_asked, self.n_hits = decode, asked, hits
 
-    def _admit(self, selection: Selection) -> tuple[Tensor, Tensor | None]:
-        places, hit = self.slots.admit(selection.page_ids * self.geometry.rows + selection.row_ids)
+    def _admit(self, selection: Selection) -> tuple[Tensor, Tensor] | None:
+        admitted = self.slots.admit(selection.page_ids * self.geometry.rows + selection.row_ids)
         self.n_asked += len(selection)
-        if hit is not None:
-            self.n_hits = self.n_hits.to(hit.device) + hit.sum()
-        return places, hit
+        if admitted is not None:
+            self.n_hits = self.n_hits.to(admitted[1].device) + admitted[1].sum()
+        return admitted
 
     def _pages(self, data: Tensor) -> Pages:
         keys, values = unpack_slices(data, self.geometry)
@@ -98,15 +98,16 @@ class MappedFetch(Fetch):
 
     def start(self, selection: Selection) -> list[Arrival]:
         selection = selection.to(self.device)
-        places, hit = self._admit(selection)
         ids = selection.page_ids * self.geometry.rows + selection.row_ids
-        missed = None if hit is None else ~hit
-        gather_slices(self._memory().flatten(0, 1), ids, self.slots.data, places, missed)
-        if self.store.tier != "gpu":
-            n_moved = len(selection) if missed is None else missed.sum()
-            self.decode.add_mapped(n_moved * self.geometry.slice_bytes)
-        data = self.slots.data
-        return [(selection, lambda: data[: len(selection)] if hit is None else data.index_select(0, places))]
+        admitted, source = self._admit(selection), self._memory().flatten(0, 1)
+        if admitted is None:
+            gather_slices(source, ids, self.slots.data)
+            self._count(len(selection))
+            return [(selection, lambda: self.slots.data[: len(selection)])]
+        places, hit = admitted
+        gather_slices(source, ids, self.slots.data, places, ~hit)
+        self._count((~hit).sum())
+        return [(selection, lambda: self.slots.data.index_select(0, places))]
 
     def stream(self, block: int) -> Iterator[Pages]:
         memory, n_pages = self._memory(), self.store.n_pages(self.layer)
@@ -115,6 +116,10 @@ class MappedFetch(Fetch):
             if self.store.tier != "gpu":
                 self.prefill.add_mapped(data.numel())
             yield self._pages(data.to(self.device))
+
+    def _count(self, n_slices: Tensor | int) -> None:
+        if self.store.tier != "gpu":
+            self.decode.add_mapped(n_slices * self.geometry.slice_bytes)
 
     def _memory(self) -> Tensor:
         memory = self.store.mapped(self.layer)
@@ -136,9 +141,10 @@ class SubmittedFetch(Fetch):
 
     def start(self, selection: Selection) -> list[Arrival]:
         selection = selection.to(torch.device("cpu"))
-        places, hit = self._admit(selection)
-        if hit is None:
+        admitted = self._admit(selection)
+        if admitted is None:
             return [self._submit(selection, None)]
+        places, hit = admitted
         have = Selection(selection.row_ids[hit], selection.page_ids[hit])
         want = Selection(selection.row_ids[~hit], selection.page_ids[~hit])
         resident = self.slots.data.index_select(0, places[hit].to(self.device))

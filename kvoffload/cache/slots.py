@@ -15,11 +15,9 @@ class Slots(ABC):
     data: Tensor
 
     @abstractmethod
-    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Places for distinct slices, named by int64 keys [F]: (places [F], hit bool [F] or None for all missed).
-
-        Slices that missed must be written to their place before ``data`` is read.
-        """
+    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Places for distinct slices, named by int64 keys [F]: (places [F], hit bool [F]); None when all of them
+        missed and belong in places 0 .. F - 1. What missed must be written to its place before ``data`` is read."""
 
     @property
     def resident_bytes(self) -> int:
@@ -32,11 +30,11 @@ class Staging(Slots):
     def __init__(self, slice_bytes: int, device: torch.device) -> None:
         self.data = torch.empty(0, slice_bytes, dtype=torch.uint8, device=device)
 
-    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
         n = keys.shape[0]
         if n > self.data.shape[0]:
             self.data = torch.empty(n, self.data.shape[1], dtype=torch.uint8, device=self.data.device)
-        return torch.arange(n, device=keys.device), None
+        return None
 
 
 class PageCache(Slots):
@@ -48,7 +46,7 @@ class PageCache(Slots):
     def __init__(self, n_slots: int, slice_bytes: int, device: torch.device) -> None:
         self._start(n_slots, slice_bytes, device, device)
 
-    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         n_slots, slice_bytes = self.data.shape
         if keys.shape[0] > n_slots or keys.device != self._owners.device:
             self._start(max(n_slots, keys.shape[0]), slice_bytes, self.data.device, keys.device)

@@ -18,6 +18,7 @@ from kvoffload.completion.base import Completion, CompletionConfigBase
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages, Partial
 
+_UNUSED = torch.iinfo(torch.int64).max
 _EMPTY = 1e-6  # below this share of a segment's mass what is left is rounding (fp32 sums: 1e-7 per term)
 
 
@@ -50,13 +51,12 @@ class AnchoredCompletion(Completion):
         self._log_scale = torch.full((rows,), -torch.inf, device=self._device)
         self._segment_pages = max(-(-n_pages // self._n_segments), 1)
         self._lengths = [0]  # pages of each segment in use
-        self._ends = torch.zeros(1, dtype=torch.int64, device=self._device)  # the page after each segment
+        self._ends = torch.full((self._n_segments,), _UNUSED, device=self._device)  # the page after each segment
 
     def absorb(self, pages: Pages) -> None:
         done = 0
         while done < pages.n_pages:
             done += self._absorb_into_last(pages, done)
-        self._ends = torch.tensor(self._lengths, device=self._device).cumsum(0)
 
     def estimate(self, query: Tensor, fetched: Fetched) -> Partial:
         sums, counts = self._remaining(fetched)
@@ -105,6 +105,7 @@ class AnchoredCompletion(Completion):
         self._sums[:, last] += tilted_sums(*flat)
         self._counts[:, last] += taken.counts().sum(-1)
         self._lengths[-1] += taken.n_pages
+        self._ends[last : last + 1].fill_(sum(self._lengths))  # no host round trip, as an item assignment would make
         return taken.n_pages
 
     def _open_segment(self) -> None:
@@ -115,6 +116,8 @@ class AnchoredCompletion(Completion):
                 state[:, i] += state[:, i + 1]
                 state[:, i + 1 : -1] = state[:, i + 2 :].clone()
                 state[:, -1] = 0
+            self._ends[i:-1] = self._ends[i + 1 :].clone()
+            self._ends[-1:].fill_(_UNUSED)
             self._lengths[i : i + 2] = [pairs[i]]
         self._lengths.append(0)
 

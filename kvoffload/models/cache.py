@@ -6,7 +6,6 @@ from contextvars import ContextVar
 from typing import Any, NoReturn, Self
 
 import torch
-from kvoffload.config import RuntimeConfig
 from kvoffload_storage.file import FileStore
 from kvoffload_storage.memory import MemoryStore
 from kvoffload_storage.store import Store, StoreShape
@@ -17,7 +16,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
 from kvoffload.attention.layer import LayerCache
-from kvoffload.attention.prefill import prefill, prepare
+from kvoffload.attention.prefill import prefill, prepare, refill
+from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UnsupportedModelError, UsageError
 from kvoffload.geometry import Geometry
 from kvoffload.values import Partial
@@ -32,7 +32,7 @@ class OffloadLayer(CacheLayerMixin):
     is_sliding, is_compileable, is_croppable, supports_early_init = False, False, True, False
 
     def __init__(self, cache: "OffloadCache", index: int, place: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache, self._index, self._place = cache, index, place
         self.kv: LayerCache | None = None
         self.n_seen = 0
@@ -81,6 +81,14 @@ class OffloadLayer(CacheLayerMixin):
         step = decode(self.kv, q[:, :, 0], k, v)
         return Partial(step.output[:, :, None], step.lse[:, :, None])
 
+    def copy_prefill(self, source: "OffloadLayer") -> None:
+        """Take over another layer's tokens as if they had been prefilled here; nothing is shared afterwards."""
+        assert source.kv is not None, "there is nothing to copy"
+        assert self.kv is None, "this layer has tokens already"
+        self.kv = self._cache.build(self._index, self._place, source.kv.geometry, *source.kv.anchors.buffers)
+        refill(self.kv, source.kv)
+        self.n_seen = source.n_seen
+
     def get_seq_length(self) -> int:
         return self.n_seen
 
@@ -109,7 +117,7 @@ class OffloadLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")
 
-    batch_repeat_interleave = batch_select_indices = reorder_cache  # type: ignore[assignment]
+    batch_repeat_interleave = batch_select_indices = reorder_cache
 
     def _note_padding(self, kv: LayerCache, mask: Tensor | None, n_heads: int) -> None:
         """Left padding of each row from bool [B, 1, 1, KV]; anything but left padding is refused."""
@@ -186,6 +194,17 @@ class OffloadCache(DynamicCache):
         return build_layer(
             self.config, geometry, self._stores[shape], place, model_layer=index, keys=keys, values=values
         )
+
+    def copy_prefill(self, source: "OffloadCache") -> None:
+        """Begin with the tokens of another cache of the same model, page size and anchors, whatever its tier and
+        policies."""
+        same = ("page_size", "sinks", "recent")
+        if any(getattr(self.config, name) != getattr(source.config, name) for name in same):
+            raise UsageError(f"a prefill can only be copied between equal {', '.join(same)}")
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            if not isinstance(mine, OffloadLayer) or not isinstance(theirs, OffloadLayer):
+                raise UsageError("a prefill with sliding-window or linear layers cannot be copied")
+            mine.copy_prefill(theirs)
 
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")

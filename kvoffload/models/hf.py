@@ -108,7 +108,7 @@ def mask(
     """Plain causal layers get None or their padding as bool [B, 1, 1, KV], never Q x KV; all other patterns get
     sdpa's mask."""
     if local_size is not None or mask_function is not causal_mask_function or not allow_is_causal_skip:
-        return sdpa_mask(  # type: ignore[no-any-return]
+        return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from kvoffload.config import SamplingConfig
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -11,6 +10,8 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from kvoffload.config import SamplingConfig
 
 
 class Sampler:

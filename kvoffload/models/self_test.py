@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from kvoffload.config import RuntimeConfig
 from torch import Tensor
 
+from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.hf import NAME, register
@@ -38,11 +38,11 @@ def check_parity(model: Any, config: RuntimeConfig) -> float:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, _N_TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
     before = switch_attention(model)
-    model.set_attn_implementation(_own(model, before))
+    model.set_attn_implementation(own_attention(model, before))
     expected = model(ids, use_cache=False).logits[0, -_N_STEPS - 1 :].float()
     switch_attention(model)
     given = _through_cache(model, ids, config)
-    error = ((given - expected).abs().max() / expected.abs().max()).item()
+    error = float((given - expected).abs().max() / expected.abs().max())
     tolerance = _TOLERANCE[model.dtype]
     if not error <= tolerance:
         raise _refused(
@@ -68,7 +68,7 @@ def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
     return torch.cat(logits).float()
 
 
-def _own(model: Any, before: str) -> str:
+def own_attention(model: Any, before: str) -> str:
     """The attention to compare with: eager where sdpa would leave out soft-capping or sinks."""
     config = model.config.get_text_config(decoder=True)
     capped = getattr(config, "attn_logit_softcapping", None) is not None

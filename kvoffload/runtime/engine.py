@@ -5,10 +5,9 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from kvoffload.config import RuntimeConfig, explain
-from kvoffload.models.catalog import LoadedModel, load_model, resolve
-
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
+from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.self_test import check_parity, switch_attention
 from kvoffload.runtime.session import Session
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from kvoffload.config import RuntimeConfig, SamplingConfig
 from torch import Tensor
 
 from kvoffload.attention.prefill import prepare
+from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.sampling import Sampler, TextStream
@@ -79,6 +79,15 @@ class Session:
                 done += len(chunk)
                 if on_progress is not None:
                     on_progress(Progress(done, total, self._bytes_moved()))
+        for layer in self.cache.offloaded:
+            prepare(layer)
+
+    @torch.inference_mode()
+    def copy_prefill(self, source: "Session") -> None:
+        """Begin where another session of the same model stands, under this session's own tier and policies."""
+        self.cache.copy_prefill(source.cache)
+        self.token_ids, self._logits = list(source.token_ids), source._logits
+        self._prompt_tokens = source._prompt_tokens
         for layer in self.cache.offloaded:
             prepare(layer)
 

@@ -16,6 +16,9 @@ class MemoryStore(Store):
     ``capacity_pages`` per layer are allocated at once; beyond them a layer doubles, and holds its old and its new
     tensor for the time of the copy. ``max_bytes`` bounds what the tensors of all layers take together. On the gpu tier
     ``out`` lies on the store's device, and nothing counts as moved. Reads are over when they return their ticket.
+
+    Pages that come from a GPU into pinned memory are copied on its current stream without waiting: what reads them through
+    ``mapped`` on that stream is ordered behind the copy, and reads by the host wait for it.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class MemoryStore(Store):
         self.tier = tier or ("cpu" if self.device.type == "cpu" else "gpu")
         self._pinned = pinned
         self._max_bytes = max_bytes
+        self._copying = False
         self._n_pages = [0] * shape.n_layers
         self._layers = [self._empty(0) for _ in range(shape.n_layers)]
         for layer in range(shape.n_layers if capacity_pages else 0):
@@ -56,18 +60,22 @@ class MemoryStore(Store):
         end = first + len(pages)
         if end > len(self._layers[layer]):
             self._grow(layer, end, max(end, 2 * len(self._layers[layer])))
-        self._layers[layer][first:end].copy_(pages)
+        copying = pages.is_cuda and self._pinned
+        self._layers[layer][first:end].copy_(pages, non_blocking=copying)
+        self._copying |= copying
         self._n_pages[layer] = end
         return self._moved(pages)
 
     def read_slices(self, layer: int, page_ids: Tensor, slice_ids: Tensor, out: Tensor) -> Ticket:
         check_slice_read(self.shape, self._n_pages[layer], page_ids, slice_ids, out)
+        self._settle()
         rows = (page_ids * self.shape.n_slices + slice_ids).to(self.device)
         torch.index_select(self._layers[layer].view(-1, self.shape.slice_bytes), 0, rows, out=out)
         return DoneTicket(self._moved(out))
 
     def read_pages(self, layer: int, first: int, out: Tensor) -> Ticket:
         check_page_read(self.shape, self._n_pages[layer], first, out)
+        self._settle()
         out.copy_(self._layers[layer][first : first + len(out)])
         return DoneTicket(self._moved(out))
 
@@ -80,6 +88,12 @@ class MemoryStore(Store):
     def close(self) -> None:
         self._n_pages = [0] * self.shape.n_layers
         self._layers = [self._empty(0) for _ in range(self.shape.n_layers)]
+
+    def _settle(self) -> None:
+        """Before the host reads: wait for copies that a GPU still makes into pinned memory."""
+        if self._copying:
+            torch.cuda.current_stream().synchronize()
+            self._copying = False
 
     def _moved(self, tensor: Tensor) -> Moved:
         return Moved(cpu=tensor.numel() if self.tier == "cpu" else 0)

@@ -99,7 +99,8 @@ def test_dropping_the_remainder_errs_by_the_dropped_mass():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_phi_is_the_linear_attention_over_the_unread_tokens(tmp_path, padded):
-    """With any map the state minus the fetched terms equals the sum of phi(q) . phi(k) over the unread tokens, one by one."""
+    """With any map the state minus the fetched terms equals the sum of phi(q) . phi(k) over the unread tokens, one by
+    one."""
     shape = geometry()
     pages, query, read, m = random_pages(shape, 11, padded=padded), random_query(shape), [(0, 0), (1, 5), (1, 6)], 5
     generator = torch.Generator().manual_seed(3)

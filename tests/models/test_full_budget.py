@@ -1,4 +1,4 @@
-"""Full budget equals dense attention: every family, tier, selector and completion, in pairs that cover each combination once.
+"""Full budget equals dense attention: every family, tier, selector and completion, in covering pairs.
 
 ``scripts/full-product`` runs all combinations.
 """
@@ -35,7 +35,10 @@ def config(tier, selector, completion, **fields):
     return RuntimeConfig(offload=tier, selector=selector, completion=completion, **(sizes | fields))
 
 
-@pytest.mark.parametrize(("family", "tier", "selector", "completion", "chunk", "padding", "page_cache"), list(covering_cases()))
+CASE = ("family", "tier", "selector", "completion", "chunk", "padding", "page_cache")
+
+
+@pytest.mark.parametrize(CASE, list(covering_cases()))
 def test_full_budget_equals_dense(family, tier, selector, completion, chunk, padding, page_cache):
     model = family_model(family)
     inputs = prompt(2 if padding else 1, 61, padding)

@@ -21,7 +21,12 @@ def _copy(source, source_ids, out, out_ids, wanted, n_slices, words, BLOCK: tl.c
 
 
 def gather_slices(
-    source: Tensor, source_ids: Tensor, out: Tensor, out_ids: Tensor, wanted: Tensor | None, n_programs: int = 64
+    source: Tensor,
+    source_ids: Tensor,
+    out: Tensor,
+    out_ids: Tensor | None = None,
+    wanted: Tensor | None = None,
+    n_programs: int = 64,
 ) -> None:
     """As ``reference.gather_slices``; slices must be whole eight-byte words. ``source`` may be pinned host memory.
 
@@ -29,6 +34,8 @@ def gather_slices(
     """
     if source_ids.numel() == 0:
         return
+    if out_ids is None:
+        out_ids = torch.arange(source_ids.shape[0], device=source_ids.device)
     if wanted is None:
         wanted = torch.ones_like(source_ids, dtype=torch.bool)
     words = source.view(torch.int64)

@@ -1,0 +1,77 @@
+"""Teacher-forced divergence from dense attention: every step runs through the runtime, its logits are compared with
+the model's."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvoffload.config import RuntimeConfig
+from kvoffload.models.catalog import LoadedModel
+from kvoffload.models.self_test import own_attention, switch_attention
+from kvoffload.runtime.session import Session
+from kvoffload.runtime.stats import Stats
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Over ``n`` positions: mean KL(dense || sparse) in nats with its standard error, share of equal top-1 tokens,
+    and what was read and charged per step as shares of the context."""
+
+    kl: float
+    kl_stderr: float
+    top1: float
+    n: int
+    read_share: float
+    charged_share: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class DivergenceTask:
+    """One text: dense log-probabilities of its last ``n_steps`` tokens, and one prefill that every policy starts
+    from."""
+
+    def __init__(self, loaded: LoadedModel, token_ids: list[int], *, n_steps: int, anchors: RuntimeConfig) -> None:
+        self._loaded = loaded
+        self._prompt, self._continuation = token_ids[:-n_steps], token_ids[-n_steps:]
+        self.dense = _dense_log_probabilities(loaded.model, token_ids, n_steps)
+        self._prefilled = Session(loaded.model, loaded.tokenizer, anchors, expected_tokens=len(token_ids))
+        self._prefilled.prefill(self._prompt)
+
+    def close(self) -> None:
+        self._prefilled.close()
+
+    def measure(self, config: RuntimeConfig) -> Divergence:
+        """One policy, stepped token by token."""
+        expected = len(self._prompt) + len(self._continuation)
+        with Session(self._loaded.model, self._loaded.tokenizer, config, expected_tokens=expected) as session:
+            session.copy_prefill(self._prefilled)
+            given = torch.stack([session.step(token).log_softmax(-1) for token in self._continuation])
+            return _compare(self.dense, given, session.stats())
+
+
+def _compare(dense: Tensor, given: Tensor, stats: Stats) -> Divergence:
+    kl = (dense.exp() * (dense - given)).sum(-1)
+    same = dense.argmax(-1) == given.argmax(-1)
+    return Divergence(
+        kl=float(kl.mean()),
+        kl_stderr=float(kl.std() / len(kl) ** 0.5),
+        top1=float(same.float().mean()),
+        n=len(kl),
+        read_share=stats.read_share or 0.0,
+        charged_share=stats.charged_share or 0.0,
+    )
+
+
+@torch.inference_mode()
+def _dense_log_probabilities(model: Any, token_ids: list[int], n_steps: int) -> Tensor:
+    """The model's own attention over everything at once: fp32 [n_steps, vocabulary], after each continuation token."""
+    before = switch_attention(model)
+    model.set_attn_implementation(own_attention(model, before))
+    ids = torch.tensor([token_ids], device=model.device)
+    logits: Tensor = model(ids, use_cache=False, logits_to_keep=n_steps).logits[0]
+    switch_attention(model)
+    return logits.float().log_softmax(-1)
