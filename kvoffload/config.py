@@ -1,0 +1,180 @@
+"""What a runtime and a generation can be told, checked at the border; unknown names are refused with the accepted ones.
+
+A variant is spelled ``quantized`` or ``quantized:bits=4,group=64``; several completions are joined by ``+``, so that
+options keep the comma. Everything in here is frozen, and nothing of it is looked at per step except through ``build``.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from kvoffload.completion import CompletionConfig
+from kvoffload.selection import SelectorConfig
+from kvoffload.units import Budget, parse_size
+
+
+def variants(union: Any) -> dict[str, type[BaseModel]]:
+    """Kind -> config class of a discriminated union."""
+    return {cls.model_fields["kind"].default: cls for cls in get_args(get_args(union)[0])}
+
+
+VARIANTS = {"selector": variants(SelectorConfig), "completion": variants(CompletionConfig)}
+
+
+def parse_variant(text: str) -> dict[str, Any]:
+    """``"quantized:bits=4,group=64"`` -> ``{"kind": "quantized", "bits": 4, "group": 64}``."""
+    kind, _, options = text.strip().partition(":")
+    fields: dict[str, Any] = {"kind": kind.strip()}
+    for option in filter(None, options.split(",")):
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"{option!r} in {text!r} is not an option: write name=value, as in quantized:bits=4")
+        fields[name.strip()] = _number_or_text(value.strip())
+    return fields
+
+
+def _number_or_text(text: str) -> int | float | str:
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?\d*\.\d+(e[+-]?\d+)?", text, re.IGNORECASE):
+        return float(text)
+    return text
+
+
+def _variant(value: Any) -> Any:
+    return parse_variant(value) if isinstance(value, str) else value
+
+
+def _several(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(parse_variant(part) for part in value.split("+"))
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _word_for_none(word: str) -> tuple[BeforeValidator, PlainSerializer]:
+    """Reads and writes None as a word, since TOML and flags have no None."""
+    return (
+        BeforeValidator(lambda value: None if value == word else value),
+        PlainSerializer(lambda value: word if value is None else value, when_used="json"),
+    )
+
+
+def _texts(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+OptionalSize = Annotated[Size | None, *_word_for_none("off")]
+OptionalCount = Annotated[Annotated[int, Field(ge=1)] | None, *_word_for_none("auto")]
+BudgetField = Annotated[Budget, BeforeValidator(Budget.parse), PlainSerializer(str)]
+SelectorField = Annotated[SelectorConfig, BeforeValidator(_variant)]
+CompletionsField = Annotated[
+    tuple[Annotated[CompletionConfig, BeforeValidator(_variant)], ...], BeforeValidator(_several), Field(min_length=1)
+]
+
+
+class RuntimeConfig(BaseModel):
+    """Where the KV lives, what a step reads of it and what stands for the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    offload: Literal["none", "cpu", "nvme"] = "cpu"
+    nvme_dir: Path | None = None
+    nvme_max: Size | None = None
+    cpu_max: Size | None = None
+    budget: BudgetField | None = None
+    selector: SelectorField = Field(default="quantized", validate_default=True)
+    completion: CompletionsField = Field(default="anchored", validate_default=True)
+    gate: bool = False
+    pool: Literal["layer", "none"] = "layer"
+    sinks: int = Field(default=16, ge=0)
+    recent: int = Field(default=64, ge=1)
+    page_size: int = Field(default=16, ge=4, le=256)
+    prefill_chunk: OptionalCount = None
+    index: Literal["device", "cpu"] = "device"
+    gpu_cache: OptionalSize = None
+    io_engine: Literal["threads", "aiofiles", "uring"] = "threads"
+    direct: Literal["auto", "on", "off"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    self_test: bool = True
+    strict_context: bool = False
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "RuntimeConfig":
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size: {self.page_size} is not a power of two from 4 to 256")
+        if len(self.completion) > 1 and not self.gate:
+            names = "+".join(config.kind for config in self.completion)
+            raise ValueError(f"completion: {names!r} is more than one; give one, or let --gate choose")
+        return self
+
+    @property
+    def effective_budget(self) -> Budget:
+        """The budget given, or 5% when the KV is offloaded and everything when it is not."""
+        return self.budget or Budget.parse("100%" if self.offload == "none" else "5%")
+
+
+class SamplingConfig(BaseModel):
+    """How new tokens are drawn, and when to stop."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=0)
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)] = ()
+    num_beams: int = 1
+
+    @model_validator(mode="after")
+    def _one_beam(self) -> "SamplingConfig":
+        if self.num_beams != 1:
+            raise ValueError(f"num_beams: {self.num_beams} is not supported: one sequence is followed, give 1")
+        return self
+
+
+def explain(error: ValidationError, accepted: Iterable[str] = ()) -> str:
+    """One line that names every refused value and what was expected; ``accepted`` are the top-level names."""
+    return "; ".join(_explain_one(detail, tuple(accepted)) for detail in error.errors())
+
+
+def _explain_one(detail: ErrorDetails, accepted: tuple[str, ...]) -> str:
+    name, context = _dotted(detail["loc"]), detail.get("ctx", {})
+    match detail["type"]:
+        case "value_error":
+            return f"{name}: {context['error']}" if name else str(context["error"])
+        case "union_tag_invalid":
+            return f"{name}: {context['tag']!r} is unknown; accepted: {_plain(context['expected_tags'])}"
+        case "union_tag_not_found":
+            return f"{name}: {detail['input']!r} names no kind; accepted: {', '.join(VARIANTS[name])}"
+        case "literal_error":
+            return f"{name}: {detail['input']!r} is unknown; accepted: {_plain(context['expected'])}"
+        case "extra_forbidden":
+            return f"{name}: unknown name; accepted: {', '.join(_siblings(detail['loc'], accepted))}"
+    return f"{name}: {detail['input']!r}: {_lower_first(detail['msg'])}"
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc if isinstance(part, str))
+
+
+def _siblings(loc: tuple[int | str, ...], accepted: tuple[str, ...]) -> Iterable[str]:
+    """The names that could have stood where an unknown one did."""
+    names = [part for part in loc if isinstance(part, str)]
+    if len(names) == 3 and names[0] in VARIANTS:
+        return [field for field in VARIANTS[names[0]][names[1]].model_fields if field != "kind"] or ["no options"]
+    return accepted
+
+
+def _plain(expected: str) -> str:
+    return expected.replace("'", "").replace(" or ", ", ")
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,184 @@
+"""What the commands do, from merged settings to an exit code; the command line itself holds no logic.
+
+Everything that can be refused is refused before any weights load: names, the prompt, and the plan for its length.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from kvoffload_storage.engines import available_engines
+from rich.console import Console
+
+from kvoffload.errors import UsageError
+from kvoffload.models.catalog import (
+    ACCEPTED,
+    LoadedModel,
+    ModelSource,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve,
+    weight_bytes,
+)
+from kvoffload.runtime.doctor import inspect
+from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.limits import find_limits
+from kvoffload.runtime.plan import Plan, make_plan
+from kvoffload.runtime.prompt import prompt_ids, prompt_text
+from kvoffload.runtime.session import Session
+from kvoffload.runtime.terminal import ProgressView, plan_title, statistics_line, write_table
+from kvoffload.settings import Settings, to_toml
+from kvoffload.units import parse_count
+
+
+@dataclass(frozen=True)
+class Job:
+    """A generation that was accepted: nothing of it is loaded yet but the tokenizer."""
+
+    source: ModelSource
+    tokenizer: Any
+    prompt: list[int]
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+
+
+def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
+    """Generate: text streams to ``out``, or one JSON object is its only line; progress goes to the console."""
+    view = ProgressView(console, quiet=settings.quiet)
+    with view.showing():
+        job = accept(settings, view)
+        runtime = Runtime(_load(job, view), settings.runtime())
+    with runtime.session(expected_tokens=job.plan.context) as session:
+        with view.showing():
+            session.prefill(job.prompt, on_progress=view.prefill)
+        text = _stream(session, settings, out)
+        stats = session.stats()
+    view.say(statistics_line(stats))
+    if settings.output == "json":
+        config = settings.runtime().model_dump(mode="json") | {"budget": str(settings.effective_budget)}
+        _write_json(out, {"text": text, **stats.as_dict(), "model": job.source.name, "config": config})
+    return 0
+
+
+def run_plan(settings: Settings, context: str | None, batch: int, out: TextIO) -> int:
+    """Print what a context needs; raises OutOfRoomError after that if it does not fit."""
+    source = _source(settings)
+    model_config = load_config(source)
+    try:
+        n_tokens = parse_count(context) if context else _max_context(model_config)
+    except ValueError as error:
+        raise UsageError(f"context: {error}") from None
+    device = torch.device(
+        "cuda" if settings.device == "auto" and torch.cuda.is_available() else _plain(settings.device)
+    )
+    plan = _plan(settings, source, model_config, device, n_tokens, batch)
+    if settings.output == "json":
+        _write_json(out, {"model": source.name, **plan.as_dict()})
+    else:
+        write_table(out, plan_title(source.name, plan), ("what", "where", "size"), plan.rows())
+    plan.check()
+    return 0
+
+
+def run_env(required: Iterable[str], nvme_dir: Path | None, out: TextIO, *, as_json: bool) -> int:
+    """Print what the machine offers; exit code 1 if something required is missing."""
+    report = inspect(required, nvme_dir)
+    if as_json:
+        _write_json(out, report.as_dict())
+    else:
+        write_table(out, "environment", ("what", "found"), report.rows())
+        for name in report.missing:
+            out.write(f"missing: {name} ({report.features[name].note})\n")
+    return 1 if report.missing else 0
+
+
+def show_config(settings: Settings, out: TextIO) -> int:
+    """Print the merged settings as TOML that ``--config`` takes, or as one JSON object."""
+    if settings.output == "json":
+        _write_json(out, settings.merged())
+    else:
+        out.write(to_toml(settings.merged()) + "\n")
+    return 0
+
+
+def accept(settings: Settings, view: ProgressView) -> Job:
+    """Check everything that can be checked without weights; raises UsageError or OutOfRoomError."""
+    source, text = _source(settings), prompt_text(settings)
+    device = pick_device(settings.device)
+    if settings.offload == "nvme" and (reason := available_engines()[settings.io_engine]):
+        raise UsageError(f"io_engine: {settings.io_engine!r} cannot be used here: {reason}")
+    model_config = load_config(source)
+    _plan(settings, source, model_config, device, 1 + settings.max_new_tokens, 1).check()
+    tokenizer = load_tokenizer(source, view.load)
+    prompt = prompt_ids(text, settings, tokenizer)
+    _check_context(len(prompt), _max_context(model_config), settings, view)
+    plan = _plan(settings, source, model_config, device, len(prompt) + settings.max_new_tokens, 1)
+    plan.check()
+    return Job(source, tokenizer, prompt, plan, device, pick_dtype(settings.dtype, model_config, device))
+
+
+def _source(settings: Settings) -> ModelSource:
+    if not settings.model:
+        raise UsageError(f"model: give one with --model; {ACCEPTED}")
+    return resolve(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+
+
+def _plan(
+    settings: Settings, source: ModelSource, model_config: Any, device: torch.device, context: int, batch: int
+) -> Plan:
+    dtype = pick_dtype(settings.dtype, model_config, device)
+    return make_plan(
+        model_config,
+        settings.runtime(),
+        context,
+        batch,
+        dtype=dtype,
+        device=device,
+        limits=find_limits(device, settings.nvme_dir, with_disk=settings.offload == "nvme"),
+        weight_bytes=weight_bytes(model_config, dtype, trust_remote_code=source.trust_remote_code),
+    )
+
+
+def _max_context(model_config: Any) -> int:
+    return int(model_config.get_text_config(decoder=True).max_position_embeddings)
+
+
+def _check_context(n_prompt: int, limit: int, settings: Settings, view: ProgressView) -> None:
+    if n_prompt <= limit:
+        return
+    told = f"the prompt has {n_prompt:,} tokens and the model was made for {limit:,} (max_position_embeddings)"
+    if settings.strict_context:
+        raise UsageError(f"{told}; shorten it or leave --strict-context out")
+    view.warn(f"{told}; expect worse text")
+
+
+def _load(job: Job, view: ProgressView) -> LoadedModel:
+    return load_model(job.source, dtype=job.dtype, device=job.device, tokenizer=job.tokenizer, on_progress=view.load)
+
+
+def _stream(session: Session, settings: Settings, out: TextIO) -> str:
+    """Write the pieces as they come, unless they belong into the JSON object; returns the whole text."""
+    text, visible = "", settings.output == "text"
+    for event in session.stream(settings.sampling()):
+        text += event.text
+        if visible:
+            out.write(event.text)
+            out.flush()
+    if visible and not text.endswith("\n"):
+        out.write("\n")
+    return text
+
+
+def _write_json(out: TextIO, values: dict[str, Any]) -> None:
+    out.write(json.dumps(values) + "\n")
+
+
+def _plain(device: str) -> str:
+    return "cpu" if device == "auto" else device

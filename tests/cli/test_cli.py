@@ -1,0 +1,335 @@
+"""The command line: help and imports, exit codes, one line for bad input, precedence, and real runs of ``tiny``."""
+
+import io
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from kvoffload import __version__, cli
+from kvoffload.config import VARIANTS
+from kvoffload.errors import KvoffloadError
+from kvoffload.models import catalog
+from kvoffload.runtime import command
+from kvoffload.runtime.doctor import FEATURES
+from kvoffload.runtime.session import Session
+from kvoffload.settings import Settings
+
+HEAVY = ("torch", "transformers", "pydantic", "pydantic_settings", "numpy", "rich")
+TINY = ["generate", "--model", "tiny", "--max-new-tokens", "3"]
+KEYS = {
+    "text", "prompt_tokens", "new_tokens", "ttft_s", "tpot_ms", "budget_tokens", "read_tokens_per_step", "read_share",
+    "charged_tokens_per_step", "charged_share", "bytes_read", "bytes_written", "resident_bytes", "completion_mass",
+    "hit_rate", "model", "config",
+}  # fmt: skip
+
+
+class Ran:
+    """What a command line gave."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def kvoffload(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str) -> Ran:
+        code = cli.run(arguments)
+        out, err = capsys.readouterr()
+        return Ran(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights is a failure of the test."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(command, "load_model", load)
+
+
+@pytest.mark.parametrize("module", ["kvoffload", "kvoffload.cli", "kvoffload.models.catalog"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    script = f"import {module}, sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []
+
+
+@pytest.mark.parametrize("arguments", ["--help", "generate --help", "plan -h", "--version"])
+def test_help_loads_no_torch(arguments: str) -> None:
+    script = f"import sys; from kvoffload.cli import run; assert run({arguments.split()!r}) == 0; assert not " + (
+        "{'torch', 'transformers', 'pydantic_settings'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+
+
+def test_the_version_is_printed(kvoffload: Any) -> None:
+    assert kvoffload("--version").out == f"kvoffload {__version__}\n"
+
+
+def test_no_command_shows_the_commands(kvoffload: Any) -> None:
+    ran = kvoffload()
+    assert ran.code == 2
+    assert all(name in ran.out for name in ("generate", "plan", "env"))
+
+
+def options(name: str) -> dict[str, Any]:
+    group: Any = typer.main.get_command(cli.app)
+    return {option.name: option for option in group.commands[name].params}
+
+
+def test_every_setting_has_a_flag_whose_default_is_none() -> None:
+    flags = options("generate")
+    assert set(Settings.model_fields) - set(flags) == {"output"}
+    assert all(flags[name].default is None for name in Settings.model_fields if name != "output")
+
+
+def test_the_defaults_that_help_tells_are_the_real_ones() -> None:
+    flags, defaults = options("generate"), Settings().merged()
+    words = {True: "on", False: "off"}
+    for name, default in defaults.items():
+        told = flags[name].show_default if name in flags else False
+        if told and name not in ("budget", "selector", "completion", "nvme_dir", "seed"):
+            number = f"{default:g}" if isinstance(default, float) else str(default)
+            assert told == (words[default] if isinstance(default, bool) else number)
+    assert flags["selector"].show_default == defaults["selector"]["kind"]
+    assert [flags["completion"].show_default] == [one["kind"] for one in defaults["completion"]]
+    assert flags["budget"].show_default.startswith(defaults["budget"])
+
+
+def test_help_names_every_variant_and_feature() -> None:
+    flags = options("generate")
+    for slot, kinds in VARIANTS.items():
+        assert all(kind in flags[slot].help for kind in kinds)
+    assert all(feature in options("env")["require"].help for feature in FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ("fly", 2, "No such command 'fly'"),
+        ("generate --colour red", 2, "No such option: --colour"),
+        ("generate --sinks many", 2, "Invalid value for '--sinks'"),
+        ("generate -p x", 2, "give one with --model; accepted: smollm2-135m, llama-3.1-8b-shape"),
+        ("generate -p x --model gpt5", 2, "'gpt5' is unknown; accepted: smollm2-135m, llama-3.1-8b-shape"),
+        ("generate -p x --model ./none/at/all", 2, "'./none/at/all' is unknown; accepted: smollm2-135m"),
+        ("generate --model tiny", 2, "the prompt is empty"),
+        ("generate --model tiny --prompt-file /none", 2, "prompt file '/none' cannot be read: No such file"),
+        ("generate --model tiny -p x --selector best", 2, "'best' is unknown; accepted: quantized, bounds, mean"),
+        ("generate --model tiny -p x --completion best", 2, "'best' is unknown; accepted: anchored, none, phi"),
+        ("generate --model tiny -p x --completion phi+none", 2, "give one, or let --gate choose"),
+        ("generate --model tiny -p x --offload tape", 2, "'tape' is unknown; accepted: none, cpu, nvme"),
+        ("generate --model tiny -p x --budget 16M", 2, "'16M' is not a budget: give a share of the context (5%)"),
+        ("generate --model tiny -p x --budget 120%", 2, "'120%' is more than 100%"),
+        ("generate --model tiny -p x --nvme-max lots", 2, "'lots' is not a size such as 512MiB"),
+        ("generate --model tiny -p x --num-beams 2", 2, "num_beams: 2 is not supported"),
+        ("generate --model tiny -p x --page-size 5", 2, "page_size: 5 is not a power of two"),
+        ("generate --model tiny -p x --device cuda:99", 2, "device 'cuda:99' is not there"),
+        ("generate --model tiny -p x --config /none.toml", 2, "config file '/none.toml' cannot be read"),
+        ("generate --model tiny -p x --cpu-max 1K", 3, "--cpu-max allows 1 KiB"),
+        ("generate --model tiny -p x --offload nvme --nvme-max 1K", 3, "--nvme-max allows 1 KiB"),
+        ("generate --model tiny -p x --offload nvme --nvme-dir /proc/none", 3, "cannot be written"),
+        ("generate --model tiny -p x --max-new-tokens 99999999999", 3, "of host memory"),
+        ("plan --model tiny --context lots", 2, "context: 'lots' is not a number of tokens"),
+        ("plan --model tiny --batch 0", 2, "Invalid value for '--batch'"),
+        ("env --require gds", 2, "'gds' is unknown; accepted: cuda"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code_before_weights_load(
+    kvoffload: Any, no_weights: None, arguments: str, code: int, told: str
+) -> None:
+    ran = kvoffload(*arguments.split())
+    assert ran.code == code
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert told in ran.err
+    assert ran.out == ""
+
+
+def test_an_engine_that_does_not_work_here_is_refused(
+    kvoffload: Any, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "available_engines", lambda: {"threads": "", "uring": "seccomp"})
+    ran = kvoffload(*TINY, "-p", "x", "--offload", "nvme", "--io-engine", "uring")
+    assert (ran.code, ran.err) == (2, "error: io_engine: 'uring' cannot be used here: seccomp\n")
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(kvoffload: Any, no_weights: None, tmp_path: Path) -> None:
+    (tmp_path / "picture").write_bytes(b"\x89PNG\xff")
+    ran = kvoffload(*TINY, "--prompt-file", str(tmp_path / "picture"))
+    assert ran.code == 2
+    assert "is not UTF-8 text" in ran.err
+
+
+def test_the_merged_settings_follow_file_environment_and_flags(
+    kvoffload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('budget = "1%"\nrecent = 32\nsinks = 8\nmodel = "tiny"\n')
+    monkeypatch.setenv("KVOFFLOAD_BUDGET", "2%")
+    monkeypatch.setenv("KVOFFLOAD_RECENT", "48")
+    monkeypatch.setenv("KVOFFLOAD_STOP", "END")
+    flags = ("generate", "--config", str(file), "--budget", "3%", "--print-config")
+    told = tomllib.loads(kvoffload(*flags).out)
+    assert (told["budget"], told["recent"], told["sinks"], told["model"]) == ("3%", 48, 8, "tiny")
+    assert told["stop"] == ["END"]
+    ran = kvoffload(*flags, "--json", "--stop", "a", "--stop", "b")
+    assert ran.code == 0
+    assert json.loads(ran.out)["stop"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu", "nvme"])
+def test_json_is_the_only_line_of_stdout_and_has_every_key(kvoffload: Any, offload: str, tmp_path: Path) -> None:
+    (tmp_path / "kv").mkdir()
+    prompt = "The quick brown fox jumps over the lazy dog. " * 12
+    ran = kvoffload(*TINY, "-p", prompt, "--offload", offload, "--nvme-dir", str(tmp_path / "kv"), "--json")
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
+    assert ran.out.count("\n") == 1
+    assert set(told) >= KEYS
+    assert (told["model"], told["new_tokens"], told["prompt_tokens"]) == ("tiny", 3, len(prompt))
+    assert told["config"]["offload"] == offload
+    assert told["config"]["budget"] == ("100%" if offload == "none" else "5%")
+    assert list((tmp_path / "kv").iterdir()) == []
+
+
+def test_text_goes_to_stdout_and_the_rest_to_stderr_without_escape_codes(kvoffload: Any) -> None:
+    text = json.loads(kvoffload(*TINY, "-p", "hello", "--json").out)["text"]
+    ran = kvoffload(*TINY, "-p", "hello")
+    assert ran.out == text if text.endswith("\n") else text + "\n"
+    assert "prefill 5/5 tok" in ran.err
+    assert "5 prompt tok" in ran.err
+    assert "\x1b" not in ran.err + ran.out
+
+
+def test_quiet_says_nothing_on_stderr(kvoffload: Any) -> None:
+    assert kvoffload(*TINY, "-p", "hello", "--quiet").err == ""
+
+
+def prompt_of(*flags: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The prompt's text as the session gets it."""
+    seen: list[str] = []
+
+    def stop(self: Session, prompt: list[int], on_progress: Any) -> None:
+        seen.append(self._tokenizer.decode(prompt))
+        raise KvoffloadError("enough")
+
+    monkeypatch.setattr(Session, "prefill", stop)
+    assert cli.run([*TINY, *flags]) == 1
+    return seen[0]
+
+
+def test_the_prompt_follows_the_files_text_after_a_blank_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "book.txt").write_text("Once.\nTwice.\n\n")
+    file = ("--prompt-file", str(tmp_path / "book.txt"))
+    assert prompt_of(*file, "-p", "Who?", monkeypatch=monkeypatch) == "Once.\nTwice.\n\nWho?"
+    assert prompt_of(*file, monkeypatch=monkeypatch) == "Once.\nTwice."
+
+
+def test_a_dash_reads_stdin_and_a_system_message_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from stdin\n")))
+    assert prompt_of("--prompt-file", "-", "--system", "Be kind.", monkeypatch=monkeypatch) == "Be kind.\n\nfrom stdin"
+
+
+def test_the_chat_template_is_used_where_there_is_one_and_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = catalog.byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    monkeypatch.setattr(command, "load_tokenizer", lambda *_: tokenizer)
+    flags = ("-p", "Hi", "--system", "Kind")
+    assert prompt_of(*flags, monkeypatch=monkeypatch) == "<system>Kind<user>Hi<answer>"
+    assert prompt_of(*flags, "--no-chat-template", monkeypatch=monkeypatch) == "Kind\n\nHi"
+
+
+def test_a_prompt_beyond_the_models_context_is_a_warning_or_refused(
+    kvoffload: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("x" * 8193)
+    flags = ("--prompt-file", str(tmp_path / "long.txt"))
+    ran = kvoffload(*TINY, *flags, "--strict-context")
+    assert ran.code == 2
+    assert "the prompt has 8,193 tokens and the model was made for 8,192" in ran.err
+    monkeypatch.setattr(Session, "prefill", lambda *_, **__: (_ for _ in ()).throw(KvoffloadError("enough")))
+    ran = kvoffload(*TINY, *flags, "--quiet")
+    assert ran.err.startswith("warning: the prompt has 8,193 tokens")
+    assert ran.err.count("\n") == 2
+
+
+def raising(error: BaseException) -> Any:
+    def stream(self: Session, sampling: Any) -> Any:
+        raise error
+        yield
+
+    return stream
+
+
+@pytest.mark.parametrize(("name", "code"), [("CapacityError", 3), ("IntegrityError", 4), ("UnavailableError", 1)])
+def test_storage_errors_have_exit_codes_and_leave_no_files(
+    kvoffload: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, code: int
+) -> None:
+    from kvoffload_storage import errors
+
+    monkeypatch.setattr(Session, "stream", raising(getattr(errors, name)("page 3\nis bad")))
+    ran = kvoffload(*TINY, "-p", "x", "--offload", "nvme", "--nvme-dir", str(tmp_path), "--quiet")
+    assert (ran.code, ran.err) == (code, "error: page 3 is bad\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_exits_with_130_after_the_session_is_closed(
+    kvoffload: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Session, "stream", raising(KeyboardInterrupt()))
+    ran = kvoffload(*TINY, "-p", "x", "--offload", "nvme", "--nvme-dir", str(tmp_path))
+    assert ran.code == 130
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_prints_a_table_or_one_object(kvoffload: Any) -> None:
+    ran = kvoffload("plan", "--model", "tiny", "--context", "8k")
+    assert ran.code == 0
+    assert ran.out.startswith("tiny: 8,192 tokens, 1 KiB a token, KV 8 MiB, offload cpu, budget 410 tok a step\n")
+    assert "index (quantized)" in ran.out
+    told = json.loads(kvoffload("plan", "--model", "tiny", "--json", "--batch", "2", "--offload", "nvme").out)
+    assert (told["context"], told["batch"], told["kv_bytes"], told["problem"]) == (8192, 2, 1 << 24, None)
+
+
+def test_a_plan_that_does_not_fit_is_printed_and_exits_with_3(kvoffload: Any) -> None:
+    ran = kvoffload("plan", "--model", "llama-3.1-8b-shape", "--cpu-max", "1G")
+    assert ran.code == 3
+    assert "KV pages" in ran.out
+    assert "--cpu-max allows 1 GiB" in ran.err
+
+
+def test_a_plan_for_a_gpu_can_be_made_without_one(kvoffload: Any) -> None:
+    assert "device" in kvoffload("plan", "--model", "tiny", "--device", "cuda:7").out
+
+
+def test_env_reports_and_fails_when_something_required_is_missing(
+    kvoffload: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from kvoffload.runtime import doctor
+
+    real = doctor.inspect
+    monkeypatch.setattr(command, "inspect", lambda required, folder: real(required, folder, seconds=0.01))
+    monkeypatch.setattr(doctor, "_cuda", lambda: doctor.Feature(False, "no driver"))
+    ran = kvoffload("env", "--nvme-dir", str(tmp_path), "--require", "cuda, aiofiles")
+    assert ran.code == 1
+    assert ran.out.endswith("missing: cuda (no driver)\n")
+    ran = kvoffload("env", "--nvme-dir", str(tmp_path), "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["features"]["cuda"] == {"present": False, "note": "no driver"}
+
+
+def test_main_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["kvoffload", "--version"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0
