@@ -175,6 +175,11 @@ class OffloadCache(DynamicCache):
     def stores(self) -> list[Store]:
         return list(self._stores.values())
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should be told about the tiers in use, such as direct I/O that is not to be had."""
+        return [store.note for store in self.stores if store.note]
+
     @contextmanager
     def prefilling(self) -> Iterator[None]:
         """Inside this block every forward is exact, also one of a single token."""

@@ -58,6 +58,8 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
     with runtime.session(expected_tokens=job.plan.context) as session:
         with view.showing():
             session.prefill(job.prompt, on_progress=view.prefill)
+        for note in session.cache.notes:
+            view.say(note)
         text = _stream(session, settings, out)
         stats = session.stats()
     view.say(statistics_line(stats))

@@ -111,6 +111,10 @@ class FileStore(Store):
         return self._folder.path
 
     @property
+    def note(self) -> str:
+        return "" if self.direct else f"{self._folder.path}: buffered reads and writes: {self.direct_note}"
+
+    @property
     def slice_cost_bytes(self) -> int:
         return self._layout.slice_cost_bytes
 

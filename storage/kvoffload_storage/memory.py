@@ -17,8 +17,8 @@ class MemoryStore(Store):
     tensor for the time of the copy. ``max_bytes`` bounds what the tensors of all layers take together. On the gpu tier
     ``out`` lies on the store's device, and nothing counts as moved. Reads are over when they return their ticket.
 
-    Pages that come from a GPU into pinned memory are copied on its current stream without waiting: what reads them through
-    ``mapped`` on that stream is ordered behind the copy, and reads by the host wait for it.
+    Pages that come from a GPU into pinned memory are copied on its current stream without waiting: what reads them
+    through ``mapped`` on that stream is ordered behind the copy, and reads by the host wait for it.
     """
 
     def __init__(

@@ -52,6 +52,11 @@ class Store(ABC):
     tier: str
 
     @property
+    def note(self) -> str:
+        """What a user should be told about how this store works here; empty when there is nothing."""
+        return ""
+
+    @property
     @abstractmethod
     def slice_cost_bytes(self) -> int:
         """Bytes that reading one lone slice moves at most (>= shape.slice_bytes; larger where reads are aligned)."""

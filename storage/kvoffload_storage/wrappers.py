@@ -22,6 +22,10 @@ class WrapperStore(Store):
         self.tier = inner.tier
 
     @property
+    def note(self) -> str:
+        return self.inner.note
+
+    @property
     def slice_cost_bytes(self) -> int:
         return self.inner.slice_cost_bytes
 

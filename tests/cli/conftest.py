@@ -3,14 +3,6 @@
 import os
 
 import pytest
-import torch
-import torch.utils._device
-
-# torch collects the functions that a ``with torch.device(...)`` block redirects once, on first use. That has to happen
-# before ``torch.empty`` is poisoned, or the block has no effect on it and shapes on "meta" are really allocated.
-torch.utils._device._device_constructors()
-
-torch.set_num_threads(1)  # the models are tiny: threads only wait for each other, ten times as long on a busy machine
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def geometry(**sizes: int) -> Geometry:
     """Two rows of three query heads; key and value sizes differ on purpose."""
-    defaults = dict(n_sequences=1, n_kv_heads=2, group_size=3, key_dim=8, value_dim=16, page_size=4)
+    defaults = {"n_sequences": 1, "n_kv_heads": 2, "group_size": 3, "key_dim": 8, "value_dim": 16, "page_size": 4}
     return Geometry(**(defaults | sizes), dtype=torch.float32, scale=1.0)
 
 

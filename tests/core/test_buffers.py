@@ -1,0 +1,67 @@
+"""Growing tensors and page masks."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kvoffload.buffers import Growing, page_mask, tensor_bytes
+
+
+def rows(n, seed=0, dtype=torch.float32):
+    return torch.randn(2, n, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_what_was_appended_is_seen_in_order():
+    growing, parts = Growing(), [rows(n, n) for n in (1, 4, 0, 2, 9, 1)]
+    for i, part in enumerate(parts):
+        growing.append(part)
+        assert torch.equal(growing.view, torch.cat(parts[: i + 1], 1))
+    assert len(growing) == 17
+
+
+def test_appends_move_a_bounded_number_of_entries():
+    """Amortised: the buffer is replaced a logarithmic number of times."""
+    growing, places = Growing(), set()
+    for i in range(256):
+        growing.append(rows(1, i))
+        places.add(growing.view.data_ptr())
+    assert len(places) <= 9  # 1, 2, 4, ... 256
+
+
+def test_only_what_is_used_is_counted():
+    growing = Growing()
+    assert growing.used_bytes == 0
+    growing.append(rows(3, dtype=torch.float16))
+    growing.append(rows(1, dtype=torch.float16))
+    assert growing.used_bytes == 2 * 4 * 3 * 2
+
+
+def test_a_truncated_end_is_written_over():
+    growing = Growing()
+    growing.append(rows(5, 0))
+    growing.truncate(3)
+    growing.append(rows(2, 1))
+    assert torch.equal(growing.view, torch.cat([rows(5, 0)[:, :3], rows(2, 1)], 1))
+
+
+@pytest.mark.parametrize("length", [7, 4])
+def test_truncating_behind_the_end_changes_nothing(length):
+    growing = Growing()
+    growing.append(rows(4))
+    growing.truncate(length)
+    assert_close(growing.view, rows(4))
+
+
+def test_bytes_of_tensors_add_up():
+    assert tensor_bytes(torch.zeros(3, 2), torch.zeros(5, dtype=torch.int64), torch.zeros(7, dtype=torch.bool)) == 71
+
+
+def test_a_page_mask_is_true_at_the_given_pairs_only():
+    mask = page_mask(torch.tensor([2, 0, 2]), torch.tensor([0, 1, 1]), rows=3, n_pages=4)
+    assert mask.nonzero().tolist() == [[0, 2], [1, 0], [1, 2]]
+    assert mask.shape == (3, 4)
+
+
+def test_a_page_mask_of_nothing_is_false():
+    none = torch.zeros(0, dtype=torch.int64)
+    assert not page_mask(none, none, rows=2, n_pages=3).any()

@@ -1,0 +1,72 @@
+"""Slot assignment against a least-recently-used cache in plain Python."""
+
+import pytest
+import torch
+from kvoffload_kernels.cache_slots.reference import assign_slots
+
+
+class PlainLru:
+    """Time of last use per resident key; a miss throws out the key used longest ago, and never one wanted now."""
+
+    def __init__(self, n_slots: int) -> None:
+        self.n_slots, self.used = n_slots, {}
+
+    def step(self, wanted: list[int], now: int) -> set[int]:
+        hits = {key for key in wanted if key in self.used}
+        self.used |= dict.fromkeys(hits, now)
+        for key in [key for key in wanted if key not in hits]:
+            if len(self.used) == self.n_slots:
+                oldest = min(self.used.values())
+                assert oldest < now
+                self.used = self._without_one(oldest)
+            self.used[key] = now
+        return hits
+
+    def _without_one(self, age: int) -> dict[int, int]:
+        victim = next(key for key, used in self.used.items() if used == age)
+        return {key: used for key, used in self.used.items() if key != victim}
+
+
+def trace(n_steps, n_keys, most, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n_steps):
+        n = int(torch.randint(0, most + 1, (), generator=generator))
+        yield torch.randperm(n_keys, generator=generator)[:n]
+
+
+def empty(n_slots):
+    return torch.full((n_slots,), -1), torch.zeros(n_slots, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_page_at_a_time_is_exactly_least_recently_used(seed):
+    lru, (owners, last_used) = PlainLru(4), empty(4)
+    for now, wanted in enumerate(trace(300, 9, 1, seed), start=1):
+        _, hit = assign_slots(wanted, owners, last_used, torch.tensor(now))
+        assert set(wanted[hit].tolist()) == lru.step(wanted.tolist(), now)
+        assert set(owners[owners >= 0].tolist()) == set(lru.used)
+
+
+@pytest.mark.parametrize(("n_slots", "n_keys", "most"), [(8, 20, 8), (7, 7, 3), (16, 40, 5), (1, 3, 1)])
+def test_ages_of_what_stays_are_those_of_the_plain_cache(n_slots, n_keys, most):
+    """Among pages used in the same step any may go, so ages are compared, and what stays is taken over."""
+    lru, (owners, last_used) = PlainLru(n_slots), empty(n_slots)
+    for now, wanted in enumerate(trace(200, n_keys, most, n_slots), start=1):
+        _, hit = assign_slots(wanted, owners, last_used, torch.tensor(now))
+        assert set(wanted[hit].tolist()) == lru.step(wanted.tolist(), now)
+        resident = {int(key): int(age) for key, age in zip(owners, last_used, strict=True) if key >= 0}
+        assert sorted(resident.values()) == sorted(lru.used.values())
+        lru.used = resident
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_wanted_page_gets_a_slot_of_its_own_and_owns_it(seed):
+    owners, last_used = empty(8)
+    for now, wanted in enumerate(trace(100, 30, 8, seed), start=1):
+        before = owners.clone()
+        slots, hit = assign_slots(wanted, owners, last_used, torch.tensor(now))
+        assert len(set(slots.tolist())) == len(wanted)
+        assert torch.equal(owners[slots], wanted)
+        assert torch.equal(before[slots[hit]], wanted[hit])
+        untouched = torch.ones(8, dtype=torch.bool).index_fill_(0, slots, False)
+        assert torch.equal(owners[untouched], before[untouched])
