@@ -33,7 +33,7 @@ class SliceBudget:
 
     def tokens(self, n_tokens: int) -> float:
         """Token-equivalents per layer and kv head at a context of ``n_tokens``."""
-        n_heads = self.n_layers * self.geometry.n_kv_heads
+        n_heads = self.n_layers * self.geometry.rows
         return self.budget.tokens(n_tokens, token_bytes=self.geometry.token_bytes, n_heads_total=n_heads)
 
     def __call__(self, n_tokens: int) -> int:

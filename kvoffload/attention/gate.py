@@ -16,8 +16,9 @@ from kvoffload.values import Fetched, Partial, merge
 _N_QUERIES = 64
 
 
-def choose(layer: LayerCache, gate: GatedCompletion, tail_queries: Tensor) -> None:
-    """Set ``gate.choice`` by the mean L2 error of the merged output; the reads count as prefill traffic.
+def choose(layer: LayerCache, gate: GatedCompletion, tail_queries: Tensor, weights: Tensor) -> None:
+    """Set ``gate.choice`` by the mean L2 error of the merged output over the newest queries [rows, R, T, D], with
+    weights [rows, T] (0 for padding); the reads count as prefill traffic.
 
     Queries see the whole window, also the few tokens of it that came after them: the same for every choice.
     """
@@ -30,7 +31,8 @@ def choose(layer: LayerCache, gate: GatedCompletion, tail_queries: Tensor) -> No
             _errors(layer, gate, queries[:, :, i], Partial(middle.output[:, :, i], middle.lse[:, :, i]))
             for i in range(queries.shape[2])
         ]
-    gate.choice = torch.stack(errors).mean(0).argmin(0)
+    counted = weights[:, -_N_QUERIES:].to(queries.device).T[:, None, :, None]  # [Q, choices, rows, R]
+    gate.choice = (torch.stack(errors) * counted).sum(0).argmin(0)
 
 
 def _exact_middle(layer: LayerCache, queries: Tensor) -> Partial:

@@ -109,6 +109,16 @@ class LayerCache:
         kept = newest if self.tail_queries is None else torch.cat([self.tail_queries, newest], dim=2)
         self.tail_queries = kept[:, :, -_TAIL_QUERIES:].clone()
 
+    def tail_weights(self) -> Tensor:
+        """1 for every remembered query of a real token and 0 for those of padding, fp32 [rows, T] in host memory; asked
+        for before anything follows the prefill."""
+        assert self.tail_queries is not None, "a prefill leaves its last queries behind"
+        n_queries = self.tail_queries.shape[2]
+        if self.anchors.padding is None:
+            return torch.ones(self.geometry.rows, n_queries)
+        slots = torch.arange(self.n_tokens - n_queries, self.n_tokens)
+        return (slots >= self.anchors.padding.cpu()[:, None]).float()
+
     def select(self, query: Tensor, anchor_lse: Tensor) -> Selection:
         """Top-K under the budget for scaled queries fp32 [rows, R, D]; ids are on the selector's device."""
         device = self.selector.device

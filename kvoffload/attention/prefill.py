@@ -35,14 +35,17 @@ def prepare(layer: LayerCache) -> None:
     if layer.ready:
         return
     assert layer.tail_queries is not None, "a prefill leaves its last queries behind"
-    anchor = layer.tail_queries.float().mean((1, 2)).to(layer.anchors.keys.device) * layer.geometry.scale
+    weights = layer.tail_weights()
+    mean = torch.einsum("grqd,gq->gd", layer.tail_queries.float().mean(1, keepdim=True), weights)
+    mean = mean / weights.sum(1, keepdim=True).clamp_min(1)
+    anchor = mean.to(layer.anchors.keys.device) * layer.geometry.scale
     layer.selector.reset(anchor)
     layer.completion.reset(anchor, n_pages=layer.n_pages)
     for pages in stream(layer):
         layer.absorb(pages)
     layer.ready = True
     if layer.gate is not None:
-        choose(layer, layer.gate, layer.tail_queries)
+        choose(layer, layer.gate, layer.tail_queries, weights)
 
 
 def _attend(

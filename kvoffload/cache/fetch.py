@@ -101,13 +101,14 @@ class MappedFetch(Fetch):
         ids = selection.page_ids * self.geometry.rows + selection.row_ids
         admitted, source = self._admit(selection), self._memory().flatten(0, 1)
         if admitted is None:
-            gather_slices(source, ids, self.slots.data)
+            places = self.slots.reserve(len(selection))
+            gather_slices(source, ids, places)
             self._count(len(selection))
-            return [(selection, lambda: self.slots.data[: len(selection)])]
-        places, hit = admitted
-        gather_slices(source, ids, self.slots.data, places, ~hit)
+            return [(selection, lambda: places)]
+        slot_ids, hit = admitted
+        gather_slices(source, ids, self.slots.data, slot_ids, ~hit)
         self._count((~hit).sum())
-        return [(selection, lambda: self.slots.data.index_select(0, places))]
+        return [(selection, lambda: self.slots.data.index_select(0, slot_ids))]
 
     def stream(self, block: int) -> Iterator[Pages]:
         memory, n_pages = self._memory(), self.store.n_pages(self.layer)

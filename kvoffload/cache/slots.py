@@ -19,6 +19,12 @@ class Slots(ABC):
         """Places for distinct slices, named by int64 keys [F]: (places [F], hit bool [F]); None when all of them
         missed and belong in places 0 .. F - 1. What missed must be written to its place before ``data`` is read."""
 
+    def reserve(self, n_slices: int) -> Tensor:
+        """The first ``n_slices`` places, for a step that ``admit`` gave None; what was in them is lost."""
+        if n_slices > self.data.shape[0]:
+            self.data = torch.empty(n_slices, self.data.shape[1], dtype=torch.uint8, device=self.data.device)
+        return self.data[:n_slices]
+
     @property
     def resident_bytes(self) -> int:
         return tensor_bytes(self.data)
@@ -31,9 +37,6 @@ class Staging(Slots):
         self.data = torch.empty(0, slice_bytes, dtype=torch.uint8, device=device)
 
     def admit(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
-        n = keys.shape[0]
-        if n > self.data.shape[0]:
-            self.data = torch.empty(n, self.data.shape[1], dtype=torch.uint8, device=self.data.device)
         return None
 
 

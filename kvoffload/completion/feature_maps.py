@@ -63,6 +63,13 @@ class LearnedMap(FeatureMap):
         self._key_weight, self._key_bias, self._query_weight, self._query_bias = tiled
         self.n_features = self._key_bias.shape[-1]
 
+    @staticmethod
+    def n_features_of(file: Path) -> int:
+        """Features of the maps in a file, from its header."""
+        with safe_open(file, framework="pt") as tensors:
+            name = next(name for name in tensors.keys() if name.endswith("key.bias"))  # noqa: SIM118 - not a dict
+            return int(tensors.get_slice(name).get_shape()[-1])
+
     def log_query(self, query: Tensor) -> Tensor:
         return (self._query_weight @ query[..., None])[..., 0] + self._query_bias
 

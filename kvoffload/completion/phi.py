@@ -40,7 +40,8 @@ class PhiCompletionConfig(CompletionConfigBase):
         return PhiCompletion(RandomMap(self.features, self.seed + layer, geometry, device), geometry, device)
 
     def index_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
-        return self.features * (value_dim + 1) * 4
+        n_features = self.features if self.map is None else LearnedMap.n_features_of(self.map)
+        return n_features * (value_dim + 1) * 4
 
 
 class PhiCompletion(Completion):

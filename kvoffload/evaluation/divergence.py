@@ -58,7 +58,7 @@ def _compare(dense: Tensor, given: Tensor, stats: Stats) -> Divergence:
     same = dense.argmax(-1) == given.argmax(-1)
     return Divergence(
         kl=float(kl.mean()),
-        kl_stderr=float(kl.std() / len(kl) ** 0.5),
+        kl_stderr=float(kl.std(correction=min(1, len(kl) - 1)) / len(kl) ** 0.5),
         top1=float(same.float().mean()),
         n=len(kl),
         read_share=stats.read_share or 0.0,

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any, NoReturn, Self
 
 import torch
+from kvoffload_storage.errors import CapacityError
 from kvoffload_storage.file import FileStore
 from kvoffload_storage.memory import MemoryStore
 from kvoffload_storage.store import Store, StoreShape
@@ -18,7 +19,7 @@ from kvoffload.attention.decode import decode
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefill import prefill, prepare, refill
 from kvoffload.config import RuntimeConfig
-from kvoffload.errors import UnsupportedModelError, UsageError
+from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
 from kvoffload.geometry import Geometry
 from kvoffload.values import Partial
 
@@ -73,12 +74,18 @@ class OffloadLayer(CacheLayerMixin):
             sizes = (n_sequences, n_heads, group, k.shape[-1], v.shape[-1])
             geometry = Geometry(*sizes, self._cache.config.page_size, k.dtype, scale, softcap)
             self.kv = self._cache.build(self._index, self._place, geometry, k, v)
-        if q.shape[2] > 1 or self._cache.exact or self.kv.n_tokens == 0:
-            self._note_padding(self.kv, mask, n_heads)
-            self.kv.remember_queries(q)
-            return prefill(self.kv, q, k, v)
-        prepare(self.kv)
-        step = decode(self.kv, q[:, :, 0], k, v)
+        try:
+            return self._attend(self.kv, q, k, v, mask)
+        except CapacityError as error:
+            raise OutOfRoomError(str(error)) from error
+
+    def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+        if q.shape[2] > 1 or self._cache.exact or kv.n_tokens == 0:
+            self._note_padding(kv, mask)
+            kv.remember_queries(q)
+            return prefill(kv, q, k, v)
+        prepare(kv)
+        step = decode(kv, q[:, :, 0], k, v)
         return Partial(step.output[:, :, None], step.lse[:, :, None])
 
     def copy_prefill(self, source: "OffloadLayer") -> None:
@@ -119,7 +126,7 @@ class OffloadLayer(CacheLayerMixin):
 
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
-    def _note_padding(self, kv: LayerCache, mask: Tensor | None, n_heads: int) -> None:
+    def _note_padding(self, kv: LayerCache, mask: Tensor | None) -> None:
         """Left padding of each row from bool [B, 1, 1, KV]; anything but left padding is refused."""
         if mask is None:
             return
@@ -131,7 +138,7 @@ class OffloadLayer(CacheLayerMixin):
         if not bool((real == (slots >= padding[:, None])).all()):
             raise UsageError("attention_mask must be left padding: zeros, then ones, in every row")
         if kv.anchors.padding is not None or bool(padding.any()):
-            kv.anchors.padding = padding.repeat_interleave(n_heads)
+            kv.anchors.padding = padding.repeat_interleave(kv.geometry.n_kv_heads)
 
 
 class OffloadCache(DynamicCache):
@@ -177,8 +184,14 @@ class OffloadCache(DynamicCache):
 
     @property
     def notes(self) -> list[str]:
-        """What a user should be told about the tiers in use, such as direct I/O that is not to be had."""
-        return [store.note for store in self.stores if store.note]
+        """What a user should be told: tiers that fall back, and a budget that buys nothing."""
+        notes = [store.note for store in self.stores if store.note]
+        for layer in self.offloaded[:1]:
+            if layer.n_pages and layer.budget.tokens(layer.n_tokens) > 0 and layer.budget(layer.n_tokens) == 0:
+                notes.append(
+                    f"the budget of {self.config.effective_budget} buys no page of {self.config.page_size} tokens"
+                )
+        return notes
 
     @contextmanager
     def prefilling(self) -> Iterator[None]:

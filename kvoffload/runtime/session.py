@@ -91,40 +91,37 @@ class Session:
         for layer in self.cache.offloaded:
             prepare(layer)
 
-    @torch.inference_mode()
     def step(self, token: int) -> Tensor:
-        """Feed one token under the budget; logits fp32 [vocabulary] of the next one."""
-        if self._logits is None:
-            raise UsageError("prefill a prompt before the first step")
-        if self.cache.get_seq_length() == len(self.token_ids):
-            self.token_ids.append(token)
-        self._logits = self._forward(torch.tensor([[token]], device=self._model.device))
-        return self._logits[0].float()
+        """Feed one token behind all others, under the budget; logits fp32 [vocabulary] of the next one."""
+        self._catch_up()
+        self.token_ids.append(token)
+        return self._catch_up()[0].float()
+
+    def crop(self, n_tokens: int) -> None:
+        """Forget the newest tokens; raises UsageError if they are sealed already (only the recent window can go). The
+        token before them is fed anew, for the logits after it."""
+        if not 0 < n_tokens < len(self.token_ids):
+            raise UsageError(f"cannot crop {n_tokens} of {len(self.token_ids)} tokens: at least one goes and one stays")
+        kept = self.token_ids[: len(self.token_ids) - n_tokens]
+        self.cache.crop(-(self.cache.get_seq_length() - (len(kept) - 1)))
+        self.token_ids = kept
 
     def stream(self, sampling: SamplingConfig | None = None) -> Iterator[StreamEvent]:
-        """Generate until the end token, a stop string or ``max_new_tokens``; raises UsageError before a prefill."""
+        """Generate until the end token, a stop string or ``max_new_tokens``: one event a token, the end token included.
+        Raises UsageError before a prefill."""
         sampling = sampling or SamplingConfig()
-        if self._logits is None:
-            raise UsageError("prefill a prompt before generating")
         text, sampler = TextStream(self._tokenizer, sampling.stop), Sampler(sampling, self._model.device)
         ends = self._end_tokens()
         for i in range(sampling.max_new_tokens):
-            if i:
-                started = time.perf_counter()
-                self.step(self.token_ids[-1])
-                self._step_s += time.perf_counter() - started
-                self._n_steps += 1
-            token = self._pick(sampler)
-            if self._ttft_s is None:
-                self._ttft_s = time.perf_counter() - self._started_s
+            token = self._next_token(sampler)
             if token in ends:
-                break
-            yield StreamEvent(text.push(token), token)
-            if text.stopped:
+                yield StreamEvent(text.finish(), token)
                 return
-        tail = text.finish()
-        if tail:
-            yield StreamEvent(tail, self.token_ids[-1])
+            piece = text.push(token)
+            last = text.stopped or i == sampling.max_new_tokens - 1
+            yield StreamEvent(piece + text.finish() if last else piece, token)
+            if last:
+                return
 
     def generate(self, sampling: SamplingConfig | None = None) -> str:
         """All of ``stream`` at once."""
@@ -153,13 +150,28 @@ class Session:
         output = self._model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]  # type: ignore[no-any-return]
 
-    @torch.inference_mode()
-    def _pick(self, sampler: Sampler) -> int:
-        assert self._logits is not None
-        token = int(sampler.pick(self._logits, torch.tensor([self.token_ids], device=self._logits.device)))
+    def _next_token(self, sampler: Sampler) -> int:
+        started = time.perf_counter()
+        behind = len(self.token_ids) - self.cache.get_seq_length()
+        logits = self._catch_up()
+        so_far = torch.tensor([self.token_ids], device=logits.device)
+        token = int(sampler.pick(logits, so_far))
+        self._step_s += (time.perf_counter() - started) * (behind > 0)
+        self._n_steps += behind
         self.token_ids.append(token)
         self._new_tokens += 1
+        if self._ttft_s is None:
+            self._ttft_s = time.perf_counter() - self._started_s
         return token
+
+    @torch.inference_mode()
+    def _catch_up(self) -> Tensor:
+        """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
+        for token in self.token_ids[self.cache.get_seq_length() :]:
+            self._logits = self._forward(torch.tensor([[token]], device=self._model.device))
+        if self._logits is None:
+            raise UsageError("prefill a prompt first: there is nothing to go on from")
+        return self._logits
 
     def _end_tokens(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id

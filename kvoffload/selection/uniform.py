@@ -6,11 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvoffload.buffers import Growing
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector, SelectorConfigBase
 from kvoffload.values import Pages
 
 _GOLDEN = 0.6180339887498949
+_FAR = 1e4
 
 
 class UniformSelectorConfig(SelectorConfigBase):
@@ -26,21 +28,26 @@ class UniformSelectorConfig(SelectorConfigBase):
 
 
 class UniformSelector(Selector):
-    """Ranks pages by the golden-ratio sequence, whose first K terms are spread evenly for every K."""
+    """Ranks pages by the golden-ratio sequence, whose first K terms are spread evenly for every K.
+
+    The ranks are scaled far beyond any log mass, so that neither anchors nor heads weigh in.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._n_pages = 0
+        self.reset(torch.empty(0))
 
     def reset(self, anchor: Tensor) -> None:
-        self._n_pages = 0
+        self._counts = Growing()  # only to tell pages of padding; no selector needs it for anything else
 
     def absorb(self, pages: Pages) -> None:
-        self._n_pages += pages.n_pages
+        self._counts.append(pages.counts().to(self.device))
 
     def score(self, query: Tensor) -> Tensor:
-        rank = (torch.arange(self._n_pages, device=query.device, dtype=torch.float64) * _GOLDEN).frac()
-        return rank.float().expand(*query.shape[:2], -1)
+        counts = self._counts.view
+        rank = (torch.arange(len(self._counts), device=query.device, dtype=torch.float64) * _GOLDEN).frac().float()
+        scores = (_FAR * rank).expand_as(counts).masked_fill(counts == 0, -torch.inf)
+        return scores[:, None].expand(-1, query.shape[1], -1)
 
     @property
     def index_bytes(self) -> int:

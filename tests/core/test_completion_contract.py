@@ -38,9 +38,6 @@ def test_the_planned_bytes_are_those_of_the_built_state(kind, dtype):
     assert completion.state_bytes == shape.rows * planned
 
 
-@pytest.mark.xfail(
-    strict=True, reason="index_bytes counts `features` (64) where the map in the file has another number"
-)
 def test_the_planned_bytes_of_a_calibrated_map_are_those_of_its_features(tmp_path):
     shape, m = geometry(), 5
     tensors = {"layers.0.key.weight": torch.zeros(2, m, 8), "layers.0.key.bias": torch.zeros(2, m)}

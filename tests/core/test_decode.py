@@ -194,9 +194,6 @@ def test_pages_that_seal_while_generating_can_be_selected_at_once():
     assert layer.n_pages == before + 2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="pooling weighs uniform's ranks by each head's anchor mass, which is the query's"
-)
 def test_the_uniform_control_reads_the_same_pages_whatever_the_query():
     layer = new_layer(config(selector="uniform", completion="none", budget="10%"))
     query, keys, values = tokens(layer.geometry, 90)

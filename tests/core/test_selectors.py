@@ -19,8 +19,6 @@ from kvoffload.selection.uniform import UniformSelectorConfig
 from kvoffload.values import Pages
 
 EVERY = kinds(SelectorConfig)
-_UNIFORM = pytest.mark.xfail(strict=True, reason="uniform ranks a page without any token like all others")
-ESTIMATES = [pytest.param(kind, marks=_UNIFORM) if kind is UniformSelectorConfig else kind for kind in EVERY]
 
 
 def built(config, shape, *runs, anchor=None):
@@ -90,7 +88,7 @@ def test_what_stands_at_padding_changes_no_score(kind):
     assert_close(given, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ESTIMATES)
+@pytest.mark.parametrize("kind", EVERY)
 def test_pages_of_padding_only_are_below_all_others(kind):
     shape = geometry()
     pages = random_pages(shape, 20, padded=True)

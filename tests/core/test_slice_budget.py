@@ -47,7 +47,6 @@ def test_a_percentage_of_a_batch_is_each_sequences_own():
     assert budget("10%", n_sequences=3)(1000) == 50
 
 
-@pytest.mark.xfail(strict=True, reason="bytes a step are counted per sequence: a batch of two moves twice the budget")
 def test_bytes_a_step_are_shared_by_the_sequences_of_a_batch():
     n_layers, n_sequences = 4, 2
     slices = budget("12KiB", n_layers=n_layers, n_sequences=n_sequences)(1000)

@@ -5,13 +5,7 @@ import torch
 from kvoffload_kernels import dispatch
 from kvoffload_kernels.gather import reference
 
-_INTERPRETED = pytest.mark.xfail(
-    strict=True,
-    reason="`(offset < words) & take` splats a scalar int1: a uint8 mask in triton 3.9's interpreter",
-)
-_WANTED_IGNORED = pytest.mark.xfail(strict=True, reason="reference.py ignores `wanted` where out_ids is None")
-TRITON = pytest.param("triton", marks=_INTERPRETED)
-TWINS = ["reference", "dispatch", TRITON]
+TWINS = ["reference", "dispatch", "triton"]
 
 
 def twin(name):
@@ -73,7 +67,7 @@ def test_no_slices_are_a_call_that_does_nothing(name):
     assert (out == 0xFF).all()
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(n, marks=_WANTED_IGNORED) for n in ("reference", "dispatch")), TRITON])
+@pytest.mark.parametrize("name", TWINS)
 def test_wanted_without_places_leaves_the_others_alone(name):
     pages, out = source(4, 16), torch.full((3, 16), 0xFF, dtype=torch.uint8)
     twin(name)(pages, ids(3, 2, 1), out, None, torch.tensor([True, False, True]))
@@ -81,7 +75,6 @@ def test_wanted_without_places_leaves_the_others_alone(name):
     assert (out[1] == 0xFF).all()
 
 
-@_INTERPRETED
 def test_more_slices_than_programs_are_all_copied():
     kernel = twin("triton")
     pages, out = source(11, 16), torch.full((11, 16), 0xFF, dtype=torch.uint8)

@@ -65,7 +65,6 @@ def test_a_padded_sequence_gives_what_it_gives_alone(model, ids):
     assert_close(both[:, 0], one[:, 0], atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="the anchor is the mean of all tail queries, those at padding included")
 def test_the_anchor_of_a_padded_row_is_the_mean_of_its_own_queries(model, ids):
     """Heads 0 and 1 belong to the first sequence; its real tokens have the same positions in both runs."""
     anchors = []

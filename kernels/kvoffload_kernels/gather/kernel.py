@@ -11,12 +11,12 @@ _WORDS = 1024  # 8 KiB a block of eight-byte words: a slice of 16 tokens, D = 12
 @triton.jit  # type: ignore[untyped-decorator]
 def _copy(source, source_ids, out, out_ids, wanted, n_slices, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     for i in range(tl.program_id(0), n_slices, tl.num_programs(0)):
-        take = tl.load(wanted + i) != 0
+        end = tl.where(tl.load(wanted + i) != 0, words, 0)
         base_in = tl.load(source_ids + i).to(tl.int64) * words
         base_out = tl.load(out_ids + i).to(tl.int64) * words
         for start in range(0, words, BLOCK):
             offset = start + tl.arange(0, BLOCK)
-            mask = (offset < words) & take
+            mask = offset < end
             tl.store(out + base_out + offset, tl.load(source + base_in + offset, mask=mask), mask=mask)
 
 
