@@ -29,7 +29,7 @@ class Geometry:
 
     @property
     def token_bytes(self) -> int:
-        """One token-equivalent: K and V of one token and kv head (DESIGN section 3)."""
+        """One token-equivalent: K and V of one token and kv head."""
         return (self.key_dim + self.value_dim) * self.dtype.itemsize
 
     @property

@@ -1,7 +1,7 @@
 """Tilted page sums: what ``anchored`` selection and the ``pages`` completion keep of every page.
 
 With weights w_j = e^(q0 . k_j), q0 the mean query of the prefill (the anchor), a page keeps log sum w and the
-w-weighted means of k and v; to first order in (q - q0) its mass is s0 e^((q - q0) . kbar) (COMPLETION section 3 d).
+w-weighted means of k and v; to first order in (q - q0) its mass is s0 e^((q - q0) . kbar) (kernels/README.md).
 """
 
 import torch

@@ -20,7 +20,7 @@ from kvoffload.units import Budget
 
 @dataclass(frozen=True)
 class SliceBudget:
-    """The budget of DESIGN section 3 as a number of slices: it bounds the bytes that selected pages can move.
+    """The budget as a number of slices: it bounds the bytes that selected pages can move.
 
     ``slice_cost_bytes`` is what the tier moves for one slice at most; where reads are aligned to more than a slice,
     fewer slices fit into the budget.
@@ -73,7 +73,8 @@ def build_layer(
         completion=completion,
         budget=SliceBudget(config.effective_budget, geometry, n_layers, store.slice_cost_bytes),
         pool=config.pool,
-        index_on_host=config.index == "cpu" or selector.reads_slow_tier,
+        index_is_read=config.selector.reads_slow_tier,
+        index_on_host=config.index == "cpu" or config.selector.reads_slow_tier,
     )
     cache.gate = gate
     return cache

@@ -1,4 +1,4 @@
-"""One decode step of one layer: DESIGN section 6, top to bottom."""
+"""One decode step of one layer, top to bottom (ARCHITECTURE.md, "One decode step")."""
 
 import torch
 from kvoffload_kernels.dense_attention.reference import soft_cap
@@ -14,24 +14,27 @@ def decode(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor) -> Part
     """Attention of one new token: query [rows, R, D], key [rows, 1, D] and value [rows, 1, Dv], rotary applied."""
     layer.append(key, value)
     query = query.float() * layer.geometry.scale
-    logits = anchor_logits(layer, query)
-    anchor_lse = logits.logsumexp(-1)
     if layer.n_pages == 0:
-        return Partial.weigh(logits, layer.anchors.values)
+        return Partial.weigh(anchor_logits(layer, query), layer.anchors.values)
+    exact, fetched = attend_selected(layer, query)
+    remainder = layer.completion.estimate(query, fetched)
+    result = merge([exact, remainder])
+    layer.count_step((remainder.lse - result.lse).exp())
+    return result
 
-    selection = layer.select(query, anchor_lse)
-    arrivals = layer.fetch.start(selection)  # asynchronous: the bytes move while the anchors are weighed
+
+def attend_selected(layer: LayerCache, query: Tensor) -> tuple[Partial, Fetched]:
+    """The exact part for scaled queries fp32 [rows, R, D]: anchors and the selected pages, with the pages
+    themselves."""
+    logits = anchor_logits(layer, query)
+    arrivals = layer.fetch.start(layer.select(query, logits.logsumexp(-1)))  # asynchronous: bytes move from here on
     partials, fetched = [Partial.weigh(logits, layer.anchors.values)], []
-    for part, arrive in arrivals:
+    for part, arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
         keys, values = unpack_slices(arrive(), layer.geometry)
         valid = layer.anchors.page_valid(part.page_ids, part.row_ids)
         partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
         fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))
-
-    remainder = layer.completion.estimate(query, Fetched.join(fetched))
-    result = merge([*partials, remainder])
-    layer.meter.count_step(layer.n_tokens, layer.selector, layer.completion, (remainder.lse - result.lse).exp())
-    return result
+    return merge(partials), Fetched.join(fetched)
 
 
 def anchor_logits(layer: LayerCache, query: Tensor) -> Tensor:

@@ -1,17 +1,15 @@
 """The per-head gate: at the end of prefill each query head takes the completion, or none, with the least error on the
-newest queries, whose exact answers can be had (COMPLETION section 5.3)."""
+newest queries, whose exact answers can be had."""
 
 import torch
 from kvoffload_kernels.dispatch import attend
-from kvoffload_kernels.sparse_decode.reference import attend_slices
 from torch import Tensor
 
-from kvoffload.attention.decode import anchor_logits
+from kvoffload.attention.decode import anchor_logits, attend_selected
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.stream import stream
-from kvoffload.cache.fetch import unpack_slices
 from kvoffload.completion.gated import GatedCompletion
-from kvoffload.values import Fetched, Partial, merge
+from kvoffload.values import Partial, merge
 
 _N_QUERIES = 64
 
@@ -50,15 +48,8 @@ def _exact_middle(layer: LayerCache, queries: Tensor) -> Partial:
 def _errors(layer: LayerCache, gate: GatedCompletion, query: Tensor, middle: Partial) -> Tensor:
     """Error of every choice for one query [rows, R, D]: fp32 [choices, rows, R]."""
     query = query.float() * layer.geometry.scale
-    logits = anchor_logits(layer, query)
-    anchors = Partial.weigh(logits, layer.anchors.values)
-    known, fetched = [anchors], []
-    for part, arrive in layer.fetch.start(layer.select(query, anchors.lse)):
-        keys, values = unpack_slices(arrive(), layer.geometry)
-        valid = layer.anchors.page_valid(part.page_ids, part.row_ids)
-        known.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
-        fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))
+    anchors = Partial.weigh(anchor_logits(layer, query), layer.anchors.values)
     exact = merge([anchors, middle]).output
-    read = merge(known)
-    options = gate.estimates(query, Fetched.join(fetched))
+    read, fetched = attend_selected(layer, query)
+    options = gate.estimates(query, fetched)
     return torch.stack([(merge([read, option]).output - exact).norm(dim=-1) for option in options])

@@ -41,11 +41,11 @@ class Meter:
     completion_mass: Tensor | None = None
     written: Moved = field(default_factory=Moved)
 
-    def count_step(self, n_tokens: int, selector: Selector, completion: Completion, mass: Tensor) -> None:
+    def count_step(self, n_tokens: int, index_bytes: int, state_bytes: int, mass: Tensor) -> None:
         self.steps += 1
         self.context_tokens += n_tokens
-        self.index_bytes_read += selector.index_bytes if selector.reads_slow_tier else 0
-        self.state_bytes_touched += completion.state_bytes
+        self.index_bytes_read += index_bytes
+        self.state_bytes_touched += state_bytes
         mean = mass.mean()
         self.completion_mass = mean if self.completion_mass is None else self.completion_mass + mean
 
@@ -72,10 +72,12 @@ class LayerCache:
         budget: PageBudget,
         pool: Pool,
         index_on_host: bool,
+        index_is_read: bool,
     ) -> None:
         self.geometry, self.store, self.layer = geometry, store, layer
         self.anchors, self.fetch, self.selector, self.completion = anchors, fetch, selector, completion
         self.budget, self.pool, self.index_on_host = budget, pool, index_on_host
+        self._index_is_read = index_is_read
         self.meter = Meter()
         self.ready = True
         self.tail_queries: Tensor | None = None  # in host memory
@@ -130,6 +132,11 @@ class LayerCache:
             n_slices=self.budget(self.n_tokens),
             pool=self.pool,
         )
+
+    def count_step(self, mass: Tensor) -> None:
+        """Account for a decode step in which the remainder had this share of the total mass, [rows, R]."""
+        index_bytes = self.selector.index_bytes if self._index_is_read else 0
+        self.meter.count_step(self.n_tokens, index_bytes, self.completion.state_bytes, mass)
 
     @property
     def resident_bytes(self) -> int:

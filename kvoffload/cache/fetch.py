@@ -17,7 +17,7 @@ from kvoffload.values import Pages, Selection
 
 
 def pack_pages(pages: Pages) -> Tensor:
-    """Sealed pages as the store keeps them, uint8 [P, rows, slice_bytes]: [page][row][K|V][S][D] (DESIGN section 5)."""
+    """Sealed pages as the store keeps them, uint8 [P, rows, slice_bytes]: [page][row][K|V][S][D]."""
     keys, values = (t.transpose(0, 1).flatten(2).contiguous() for t in (pages.keys, pages.values))
     return torch.cat([keys, values], dim=2).view(torch.uint8)
 

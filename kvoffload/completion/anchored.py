@@ -1,4 +1,4 @@
-"""``anchored``: a fixed number of contiguous segments of tilted sums per row (COMPLETION sections 3 d and 5.1.2); no
+"""``anchored``: a fixed number of contiguous segments of tilted sums per row (kernels/README.md, "Completion"); no
 training.
 
 A segment keeps the sums over its tokens of w, w k and w v with w = e^(q0 . k - c), q0 the prefill's mean query and c

@@ -1,4 +1,4 @@
-"""A per-head choice among completions, abstaining included (COMPLETION section 5.3); made at the end of prefill."""
+"""A per-head choice among completions, abstaining included; made at the end of prefill."""
 
 from collections.abc import Sequence
 

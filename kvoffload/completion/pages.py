@@ -1,4 +1,5 @@
-"""``pages``: the tilted sums of every page that was not fetched (COMPLETION section 3 d); grows with the context.
+"""``pages``: the tilted sums of every page that was not fetched (kernels/README.md, "Completion"); grows with the
+context.
 
 Nothing has to be removed: a fetched page's own term is left out.
 """

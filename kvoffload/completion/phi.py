@@ -1,4 +1,4 @@
-"""``phi``: the fixed-size linear-attention completion of arXiv:2604.05438 (COMPLETION section 1.3).
+"""``phi``: the fixed-size linear-attention completion of arXiv:2604.05438 (kernels/README.md, "Completion").
 
 Per row u = sum phi(k_j) and S = sum phi(k_j) v_j over all sealed tokens; the fetched tokens' phi(q) . phi(k_i) are
 recomputed from their keys and removed from numerator and denominator; no outer product is formed for them.

@@ -3,7 +3,7 @@ count.
 
 ``update()`` of an offloaded layer returns nothing but the new tokens, tagged with the layer, so dense KV never exists
 on the device; the attention function appends and attends. Layers that are bounded by themselves (sliding windows,
-linear attention) keep the library's own cache and dense attention. DESIGN section 8.
+linear attention) keep the library's own cache and dense attention.
 """
 
 from typing import Any

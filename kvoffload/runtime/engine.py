@@ -8,6 +8,7 @@ from kvoffload.config import RuntimeConfig, explain
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
+from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, switch_attention
 from kvoffload.runtime.session import Session
 
@@ -33,11 +34,12 @@ class Runtime:
             self._take_over(loaded.model)
 
     @classmethod
-    def from_pretrained(cls, model: str, **config: Any) -> Self:
+    def from_pretrained(cls, model: str, *, on_progress: OnProgress = ignore, **config: Any) -> Self:
         """``model`` is a built-in name, a Hugging Face folder or hub name, or a .gguf file; ``config`` are the fields
-        of RuntimeConfig. Raises UsageError for what it cannot accept, before any weights load."""
+        of RuntimeConfig. ``on_progress`` hears of downloads and conversions. Raises UsageError for what it cannot
+        accept, before any weights load."""
         settings = _settings(config)
-        loaded = load_model(resolve(model), dtype=settings.dtype, device=settings.device)
+        loaded = load_model(resolve(model), dtype=settings.dtype, device=settings.device, on_progress=on_progress)
         return cls(loaded, settings)
 
     def session(self, *, expected_tokens: int = 0) -> Session:

@@ -200,7 +200,7 @@ def _device_needs(kv: KVFootprint, config: RuntimeConfig, context: int, batch: i
     rows = kv.n_layers * kv.n_kv_heads * batch
     sizes = (context, kv.key_dim, kv.value_dim, config.page_size, kv.itemsize)
     anchors = config.sinks + _round_up(config.recent, config.page_size) + config.page_size
-    index_place: Where = "host" if config.index == "cpu" else "device"
+    index_place: Where = "host" if config.index == "cpu" or config.selector.reads_slow_tier else "device"
     states = sum(completion.index_bytes(*sizes) for completion in config.completion)
     cache = config.gpu_cache
     return (

@@ -1,4 +1,4 @@
-"""What a session moved, in bytes and in token-equivalents (DESIGN section 3)."""
+"""What a session moved, in bytes and in token-equivalents (ARCHITECTURE.md, "The meter")."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""``anchored``: page means weighted by e^(q0 . k), q0 the prefill's mean query (COMPLETION section 3 d)."""
+"""``anchored``: page means weighted by e^(q0 . k), q0 the prefill's mean query (kernels/README.md, "Completion")."""
 
 from typing import Literal
 

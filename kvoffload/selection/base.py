@@ -2,6 +2,7 @@
 query."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -38,16 +39,14 @@ class Selector(ABC):
         """Bytes that the selector keeps on ``device``."""
         return self.index_bytes
 
-    @property
-    def reads_slow_tier(self) -> bool:
-        """Whether scoring reads KV bytes themselves, so that every step is charged ``index_bytes`` as read."""
-        return False
-
 
 class SelectorConfigBase(BaseModel):
     """Fields of one kind of selector."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reads_slow_tier: ClassVar[bool] = False
+    """Whether scoring reads KV bytes themselves: they stay in host memory, and every step is charged them as read."""
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         raise NotImplementedError

@@ -1,6 +1,6 @@
 """``exact``: the token oracle. It reads every key of the middle region in every step, and is charged for it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ class ExactSelectorConfig(SelectorConfigBase):
     """All keys in the KV's own dtype, in host memory."""
 
     kind: Literal["exact"] = "exact"
+    reads_slow_tier: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         return ExactSelector()
@@ -43,7 +44,3 @@ class ExactSelector(Selector):
     @property
     def index_bytes(self) -> int:
         return self._keys.used_bytes
-
-    @property
-    def reads_slow_tier(self) -> bool:
-        return True

@@ -1,4 +1,4 @@
-"""``quantized``: a token-level index of 1, 2 or 4 bit keys (COMPLETION section 7); the page score is the log-sum-exp
+"""``quantized``: a token-level index of 1, 2 or 4 bit keys (kernels/README.md); the page score is the log-sum-exp
 of its tokens' approximate logits."""
 
 from typing import Literal

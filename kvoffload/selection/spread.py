@@ -1,4 +1,4 @@
-"""``spread``: page mean plus two pooled standard deviations of the page's logits (COMPLETION section 4.3, "mean+2sd").
+"""``spread``: page mean plus two pooled standard deviations of the page's logits ("mean+2sd").
 
 The within-page covariance of the keys is pooled over the pages of a row; a page keeps one scalar beside its mean.
 """

@@ -222,3 +222,7 @@ def test_a_plan_needs_no_runtime_but_its_config() -> None:
         load_config(resolve("tiny")), RuntimeConfig(), 64, dtype=torch.float32, device=CPU, limits=Limits()
     )
     assert plan.footprint.bytes_per_token == 1024
+
+
+def test_the_token_oracle_keeps_its_keys_in_host_memory():
+    assert need(plan_of(selector="exact"), "index (exact)")[0] == "host"

@@ -87,7 +87,7 @@ def test_the_exact_completion_equals_softmax_over_the_remainder():
 
 
 def test_dropping_the_remainder_errs_by_the_dropped_mass():
-    """o_S - o = delta (o_S - o_R), and the total variation is delta (SYSTEMS section 1)."""
+    """o_S - o = delta (o_S - o_R), and the total variation is delta."""
     shape = geometry()
     pages, query, read = random_pages(shape, 11), random_query(shape), [(0, 0), (1, 5), (1, 6)]
     rest = sorted(set(all_pairs(pages)) - set(read))

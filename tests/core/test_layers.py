@@ -1,4 +1,4 @@
-"""The import rules of DESIGN section 4, read from the source; nothing is imported here."""
+"""The import rules of ARCHITECTURE.md, read from the source; nothing is imported here."""
 
 import ast
 from pathlib import Path

@@ -30,7 +30,7 @@ def gather_slices(
 ) -> None:
     """As ``reference.gather_slices``; slices must be whole eight-byte words. ``source`` may be pinned host memory.
 
-    Few programs suffice to fill PCIe and leave the other multiprocessors to the weights (BENCHMARKS: 64).
+    Few programs suffice to fill PCIe and leave the other multiprocessors to the weights.
     """
     if source_ids.numel() == 0:
         return
