@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failure, 2 bad input, 3 out of room (disk, memory, a cap),
 Every flag defaults to None, so that a flag which was not given leaves the environment and the file in force.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,13 +198,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), 2)
     except KvoffloadError as error:
         return _fail(str(error), error.exit_code)
+    except OSError as error:
+        return _fail(str(error), 1)
     except _storage_error() as error:
         return _fail(str(error), _STORAGE_CODES.get(type(error).__name__, 1))
 
 
 def main() -> None:
-    """The entry point of the installed command."""
+    """The entry point of the installed command; a polite kill or a lost terminal ends it as cleanly as Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     sys.exit(run())
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _storage_error() -> type[Exception]:
@@ -232,3 +241,7 @@ def _console() -> Any:
 def _fail(message: str, exit_code: int) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return exit_code
+
+
+if __name__ == "__main__":
+    main()

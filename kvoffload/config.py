@@ -16,6 +16,8 @@ from kvoffload.completion import CompletionConfig
 from kvoffload.selection import SelectorConfig
 from kvoffload.units import Budget, parse_size
 
+_MIN_TEMPERATURE = 0.01  # logits divided by less leave the range of fp32
+
 
 def variants(union: Any) -> dict[str, type[BaseModel]]:
     """Kind -> config class of a discriminated union."""
@@ -128,9 +130,15 @@ class SamplingConfig(BaseModel):
     temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)] = ()
     num_beams: int = 1
+
+    @model_validator(mode="after")
+    def _usable_temperature(self) -> "SamplingConfig":
+        if 0 < self.temperature < _MIN_TEMPERATURE:
+            raise ValueError(f"temperature: {self.temperature} is neither 0 nor at least {_MIN_TEMPERATURE}")
+        return self
 
     @model_validator(mode="after")
     def _one_beam(self) -> "SamplingConfig":

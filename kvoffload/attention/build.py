@@ -51,6 +51,7 @@ def build_layer(
     layer: int,
     *,
     model_layer: int,
+    staging: Staging,
     keys: Tensor,
     values: Tensor,
 ) -> LayerCache:
@@ -61,7 +62,7 @@ def build_layer(
     index_device = torch.device("cpu") if config.index == "cpu" else device
     selector = config.selector.build(geometry, index_device)
     completion, gate = _completion(config, geometry, model_layer, device)
-    slots = _slots(config, geometry, n_layers, device)
+    slots = _slots(config, geometry, n_layers, staging)
     fetch = MappedFetch if store.mapped(layer) is not None else SubmittedFetch
     cache = LayerCache(
         geometry,
@@ -90,7 +91,8 @@ def _completion(
     return gate, gate
 
 
-def _slots(config: RuntimeConfig, geometry: Geometry, n_layers: int, device: torch.device) -> Slots:
+def _slots(config: RuntimeConfig, geometry: Geometry, n_layers: int, staging: Staging) -> Slots:
     if config.gpu_cache is None:
-        return Staging(geometry.slice_bytes, device)
-    return PageCache(max(config.gpu_cache // (n_layers * geometry.slice_bytes), 1), geometry.slice_bytes, device)
+        return staging
+    n_slots = max(config.gpu_cache // (n_layers * geometry.slice_bytes), 1)
+    return PageCache(n_slots, geometry.slice_bytes, staging.data.device, staging)

@@ -140,9 +140,12 @@ class LayerCache:
 
     @property
     def resident_bytes(self) -> int:
-        """Device bytes kept for this layer: anchors, index (where it lives on the device), completion state, slots."""
+        """Device bytes kept for this layer: anchors, index (where it lives on the device), completion state, page
+        cache, and the pages themselves where their tier is the device."""
         index = self.selector.resident_bytes - self.index_host_bytes
-        return self.anchors.resident_bytes + index + self.completion.state_bytes + self.fetch.slots.resident_bytes
+        pages = self.n_pages * self.store.shape.page_bytes if self.store.tier == "gpu" else 0
+        summaries = index + self.completion.state_bytes
+        return self.anchors.resident_bytes + summaries + self.fetch.slots.resident_bytes + pages
 
     @property
     def index_host_bytes(self) -> int:

@@ -58,6 +58,7 @@ class Fetch(ABC):
         self.device = slots.data.device
         self.decode, self.prefill = Traffic(), Traffic()
         self.n_asked, self.n_hits = 0, torch.zeros((), dtype=torch.int64)
+        self.step_bytes = 0  # device bytes of the largest step so far that no cache keeps; layers share them
 
     @abstractmethod
     def start(self, selection: Selection) -> list[Arrival]:
@@ -102,6 +103,7 @@ class MappedFetch(Fetch):
         admitted, source = self._admit(selection), self._memory().flatten(0, 1)
         if admitted is None:
             places = self.slots.reserve(len(selection))
+            self.step_bytes = max(self.step_bytes, places.numel())
             gather_slices(source, ids, places)
             self._count(len(selection))
             return [(selection, lambda: places)]
@@ -174,6 +176,7 @@ class SubmittedFetch(Fetch):
         if n_bytes > self._staging.numel():
             self._staging = self._buffer(n_bytes)
         staged = self._staging[:n_bytes].view(len(selection), self.geometry.slice_bytes)
+        self.step_bytes = max(self.step_bytes, n_bytes)
         ticket = self.store.read_slices(self.layer, selection.page_ids, selection.row_ids, staged)
 
         def arrive() -> Tensor:

@@ -1,4 +1,5 @@
-"""``exact``: reads the whole remainder in every step, and is charged for it; the oracle that tests merge against."""
+"""``exact``: the true remainder, from a second copy of the KV on the device, all of it charged in every step; the
+oracle that tests merge against."""
 
 from typing import Literal
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from torch import Tensor
 
 from kvoffload.buffers import tensor_bytes
@@ -30,8 +31,13 @@ class PhiCompletionConfig(CompletionConfigBase):
 
     @model_validator(mode="after")
     def _map_exists(self) -> "PhiCompletionConfig":
-        if self.map is not None and not self.map.is_file():
-            raise ValueError(f"map must be a safetensors file, and {str(self.map)!r} is none")
+        try:
+            if self.map is not None:
+                LearnedMap.n_features_of(self.map)
+        except (OSError, SafetensorError, StopIteration) as error:
+            raise ValueError(
+                f"map must be a safetensors file of feature maps, and {str(self.map)!r} is none"
+            ) from error
         return self
 
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:

@@ -18,6 +18,7 @@ from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefill import prefill, prepare, refill
+from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
 from kvoffload.geometry import Geometry
@@ -165,6 +166,7 @@ class OffloadCache(DynamicCache):
         self.config, self.exact = config, False
         self._expected_tokens = expected_tokens
         self._stores: dict[StoreShape, Store] = {}
+        self._staging: dict[StoreShape, Staging] = {}
         self.wrap_store: Callable[[Store], Store] = lambda store: store
 
     def __enter__(self) -> Self:
@@ -183,14 +185,23 @@ class OffloadCache(DynamicCache):
         return list(self._stores.values())
 
     @property
+    def bounded_bytes(self) -> int:
+        """Device bytes of the layers that the library keeps itself (sliding windows)."""
+        kept = (getattr(layer, name, None) for layer in self.layers for name in ("keys", "values"))
+        return sum(tensor.nbytes for tensor in kept if isinstance(tensor, Tensor))
+
+    @property
     def notes(self) -> list[str]:
         """What a user should be told: tiers that fall back, and a budget that buys nothing."""
         notes = [store.note for store in self.stores if store.note]
-        for layer in self.offloaded[:1]:
-            if layer.n_pages and layer.budget.tokens(layer.n_tokens) > 0 and layer.budget(layer.n_tokens) == 0:
+        for layer in [layer for layer in self.offloaded[:1] if layer.n_pages]:
+            n_slices, places = layer.budget(layer.n_tokens), layer.fetch.slots.places
+            if n_slices == 0 < layer.budget.tokens(layer.n_tokens):
                 notes.append(
                     f"the budget of {self.config.effective_budget} buys no page of {self.config.page_size} tokens"
                 )
+            if places is not None and places < n_slices * layer.geometry.n_sequences:
+                notes.append(f"gpu_cache: {places} pages a layer fit, a step selects {n_slices}: none are kept")
         return notes
 
     @contextmanager
@@ -209,8 +220,10 @@ class OffloadCache(DynamicCache):
         if shape not in self._stores:
             capacity = -(-self._expected_tokens // geometry.page_size)
             self._stores[shape] = self.wrap_store(_open_store(self.config, shape, capacity, keys.device))
+            self._staging[shape] = Staging(shape.slice_bytes, keys.device)
+        store, staging = self._stores[shape], self._staging[shape]
         return build_layer(
-            self.config, geometry, self._stores[shape], place, model_layer=index, keys=keys, values=values
+            self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values
         )
 
     def copy_prefill(self, source: "OffloadCache") -> None:

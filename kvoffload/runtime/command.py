@@ -65,6 +65,7 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
     view.say(statistics_line(stats))
     if settings.output == "json":
         config = settings.runtime().model_dump(mode="json") | {"budget": str(settings.effective_budget)}
+        config |= settings.sampling().model_dump(mode="json")
         _write_json(out, {"text": text, **stats.as_dict(), "model": job.source.name, "config": config})
     return 0
 

@@ -208,7 +208,7 @@ def _device_needs(kv: KVFootprint, config: RuntimeConfig, context: int, batch: i
         Need("anchors (sinks and recent window)", "device", anchors * kv.token_bytes * rows),
         Need(f"index ({config.selector.kind})", index_place, config.selector.index_bytes(*sizes) * rows),
         Need(f"completion ({'+'.join(c.kind for c in config.completion)})", "device", states * rows),
-        Need("pages of a step", "device", round(budget * kv.token_bytes) * rows if cache is None else 0),
+        Need("pages of a step", "device", round(budget * kv.token_bytes) * kv.n_kv_heads * batch),
         Need("page cache", "device", cache or 0),
     )
 

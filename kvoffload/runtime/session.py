@@ -135,6 +135,7 @@ class Session:
             new_tokens=self._new_tokens,
             ttft_s=self._ttft_s,
             tpot_ms=self._step_s / self._n_steps * 1000 if self._n_steps else None,
+            bounded_bytes=self.cache.bounded_bytes,
         )
 
     def _encode(self, prompt: str | list[int] | Tensor) -> list[int]:

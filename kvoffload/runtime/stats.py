@@ -62,9 +62,16 @@ class Reads:
 
 
 def collect(
-    layers: Sequence[LayerCache], *, prompt_tokens: int, new_tokens: int, ttft_s: float | None, tpot_ms: float | None
+    layers: Sequence[LayerCache],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    ttft_s: float | None,
+    tpot_ms: float | None,
+    bounded_bytes: int = 0,
 ) -> Stats:
-    """Ask the layers; waits for the device once."""
+    """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers."""
+    step_bytes = max((layer.fetch.step_bytes for layer in layers), default=0)
     reads = Reads.of(layers)
     decode = sum((layer.fetch.decode.total() for layer in layers), Moved())
     index_read = sum(layer.meter.index_bytes_read for layer in layers)
@@ -87,7 +94,7 @@ def collect(
         bytes_read={"cpu": read.cpu, "nvme": read.nvme},
         decode_bytes_read={"cpu": decode.cpu, "nvme": decode.nvme},
         bytes_written={"cpu": written.cpu, "nvme": written.nvme},
-        resident_bytes=sum(layer.resident_bytes for layer in layers),
+        resident_bytes=sum(x.resident_bytes for x in layers) + step_bytes + bounded_bytes,
         index_host_bytes=sum(layer.index_host_bytes for layer in layers),
         completion_mass=sum(masses) / len(masses) if masses else None,
         hit_rate=sum(int(layer.fetch.n_hits) for layer in layers) / n_asked if n_asked else None,

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -333,3 +335,27 @@ def test_main_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 0
+
+
+def test_a_polite_kill_removes_the_page_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvoffload", "generate", "--model", "tiny", "--offload", "nvme", "-p", "hi" * 100]
+    command += ["--nvme-dir", str(tmp_path), "--max-new-tokens", "8000", "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)  # it generates: the files are there
+        assert list(tmp_path.iterdir())
+        process.terminate()
+        process.stdout.read()
+        assert process.wait() == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags", [["--temperature", "1e-40"], ["--seed", str(2**70)], ["--completion", "phi:map=pyproject.toml"]]
+)
+def test_numbers_and_files_that_cannot_be_used_are_refused_in_one_line(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["generate", "--model", "tiny", "-p", "hi", *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -125,9 +125,10 @@ def test_a_gate_keeps_all_its_completions() -> None:
     assert both == need(plan_of(), "completion")[1] + need(plan_of(completion="phi"), "completion")[1]
 
 
-def test_a_page_cache_takes_the_place_of_a_steps_pages() -> None:
+def test_a_page_cache_comes_beside_the_pages_of_one_layers_step() -> None:
     plan = plan_of(gpu_cache="1GiB")
-    assert (need(plan, "page cache"), need(plan, "pages of a step")) == (("device", GIB), ("device", 0))
+    step = round(0.05 * 131072 * 512) * 8  # 512 bytes a token and kv head, eight kv heads, one layer at a time
+    assert (need(plan, "page cache"), need(plan, "pages of a step")) == (("device", GIB), ("device", step))
 
 
 @pytest.mark.parametrize(("budget", "tokens"), [("5%", 6553.6), ("2048", 2048), ("16MiB", 128), ("999999", 131072)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads import geometry
+from heads import CPU, geometry
 from kvoffload_storage import MemoryStore, StoreShape, Ticket, WrapperStore
 from torch.testing import assert_close
 
@@ -10,6 +10,7 @@ from kvoffload.attention import decode as decode_module
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
 from kvoffload.attention.prefill import prefill, prepare, refill
+from kvoffload.cache.slots import Staging
 from kvoffload.completion.gated import ABSTAIN
 from kvoffload.config import RuntimeConfig
 from kvoffload.geometry import Geometry
@@ -24,7 +25,8 @@ def new_layer(settings, shape=None, wrap=lambda store: store):
     shape = shape or geometry()
     store = wrap(MemoryStore(StoreShape(1, shape.rows, shape.slice_bytes), tier="cpu"))
     empty = torch.zeros(shape.rows, 0, shape.key_dim), torch.zeros(shape.rows, 0, shape.value_dim)
-    return build_layer(settings, shape, store, 0, model_layer=0, keys=empty[0], values=empty[1])
+    staging = Staging(shape.slice_bytes, CPU)
+    return build_layer(settings, shape, store, 0, model_layer=0, staging=staging, keys=empty[0], values=empty[1])
 
 
 def tokens(shape, n, seed=0):

@@ -161,8 +161,14 @@ def test_resident_bytes_are_the_parts_that_can_be_counted_by_hand(open_session, 
     stats = resident(open_session, ids, 500, index="cpu")
     anchors = (4 + 8 + 4) * TOKEN_BYTES
     summary = 32 * (16 + 16 + 2) * 4
-    slots = 32 * TOKEN_BYTES
-    assert stats.resident_bytes == N_LAYERS * N_HEADS * (anchors + summary + slots)
+    step = N_HEADS * 32 * TOKEN_BYTES  # one layer's pages at a time
+    assert stats.resident_bytes == N_LAYERS * N_HEADS * (anchors + summary) + step
+
+
+def test_pages_on_the_device_are_resident(open_session, ids):
+    away, here = (resident(open_session, ids, 500, index="cpu", offload=tier) for tier in ("cpu", "none"))
+    n_pages = (500 + 3 - 4 - 8) // 4
+    assert here.resident_bytes - away.resident_bytes == N_LAYERS * N_HEADS * n_pages * 4 * TOKEN_BYTES
 
 
 def test_a_summary_that_grows_is_resident(open_session, ids):

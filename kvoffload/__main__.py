@@ -1,0 +1,5 @@
+"""``python -m kvoffload`` is the command line."""
+
+from kvoffload.cli import main
+
+main()
