@@ -54,6 +54,11 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> (i * bits)) & mask for i in range(8 // bits)], dim=-1)
 
 
+def restore(codes: Tensor, zero: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Approximate keys fp32 [..., T, D] of codes [..., T, D * bits / 8] with zero and step fp16 [..., D]."""
+    return zero.float()[..., None, :] + unpack(codes, bits).float() * step.float()[..., None, :]
+
+
 def score_tokens(query: Tensor, codes: Tensor, zero: Tensor, step: Tensor, bits: int) -> Tensor:
     """Approximate logits of every indexed token: query [rows, R, D] fp32 (scaled), codes [rows, N, T, D * bits / 8],
     zero and step fp16 [rows, N, D] for N groups of T tokens; returns fp32 [rows, R, N * T]."""

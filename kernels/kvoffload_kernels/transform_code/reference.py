@@ -1,0 +1,141 @@
+"""Transform coding of keys (kernels/README.md, "Transform-coded keys"): a linear transform fitted to second moments,
+and channels at 4, 2, 1 or 0 bits in the order of their variance, each with levels of its own."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
+from torch import Tensor
+
+_SHRINK = 0.3  # of the query moment towards a multiple of the identity
+_RIDGE = 1e-3  # of the key covariance
+_TIERS = {1.0: (1, 1, 2), 1.5: (1, 3, 2), 2.0: (2, 3, 2), 2.25: (2, 4, 2), 2.5: (3, 3, 2)}  # eighths of the channels
+_BITS = (4, 2, 1)
+
+_LLOYD_STEPS = 8
+
+# Lloyd-Max quantisers of a standard normal variable (J. Max, IRE Trans. Inf. Theory 6(1), 1960, table I), the positive
+# levels: where the fit of the levels begins.
+_POSITIVE = {
+    1: (0.7979,),
+    2: (0.4528, 1.510),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
+}
+BITS = tuple(_TIERS)
+
+
+def tier_widths(bits: float, n_channels: int) -> tuple[int, int, int]:
+    """How many channels have 4, 2 and 1 bits at an average of ``bits``; the others have none. Raises ValueError for an
+    unknown average."""
+    if bits not in _TIERS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, not {bits}")
+    fours, twos, ones = (n_channels * eighths // 8 for eighths in _TIERS[bits])
+    return fours, twos, ones
+
+
+def code_bytes(widths: tuple[int, int, int]) -> int:
+    """Bytes of one token's codes."""
+    return sum(-(-width * bits // 8) for width, bits in zip(widths, _BITS, strict=True))
+
+
+def n_levels(widths: tuple[int, int, int]) -> int:
+    """Levels of all channels together."""
+    return sum(width * 2**bits for width, bits in zip(widths, _BITS, strict=True))
+
+
+def fit(covariance: Tensor, query_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Analysis and synthesis matrices fp32 [rows, D, D] for keys of ``covariance`` and queries of second moment
+    ``query_moment``, fp32 [rows, D, D] both.
+
+    With M = L L^T the (shrunken) query moment, an error e of a key costs e^T M e on average; so L^T k is diagonalised
+    and its principal channels are scaled to unit variance, largest first: c = (k - mean) A, k = mean + c S^T.
+    """
+    size = covariance.shape[-1]
+    moment = _shrunken(query_moment.double(), _SHRINK)
+    covariance = _ridged(covariance.double(), _RIDGE)
+    root = torch.linalg.cholesky_ex(moment).L
+    variance, axes = torch.linalg.eigh(root.mT @ covariance @ root)
+    variance, axes = variance.flip(-1).clamp_min(torch.finfo(torch.float64).tiny), axes.flip(-1)
+    deviation = variance.sqrt()[:, None]
+    analysis = root @ axes / deviation
+    inverse = torch.linalg.solve_triangular(root.mT, torch.eye(size, dtype=root.dtype, device=root.device), upper=True)
+    return analysis.float(), (inverse @ axes * deviation).float()
+
+
+Levels = tuple[Tensor, Tensor, Tensor]
+"""What the codes of the 4, 2 and 1 bit channels stand for: fp16 [rows, width, 2 ** bits] each, ascending."""
+
+
+def fit_levels(channels: Tensor, weights: Tensor, widths: tuple[int, int, int]) -> Levels:
+    """Levels of least mean squared error for channels fp32 [rows, n, >= sum(widths)] with weights fp32 [rows, n], by
+    Lloyd's iteration from a normal variable's (S. Lloyd, IEEE Trans. Inf. Theory 28(2), 1982): channels have tails."""
+    tiers = channels[..., : sum(widths)].mT.split(list(widths), dim=1)
+    fours, twos, ones = (_lloyd(tier, weights, bits) for tier, bits in zip(tiers, _BITS, strict=True))
+    return fours, twos, ones
+
+
+def encode(keys: Tensor, mean: Tensor, analysis: Tensor, levels: Levels) -> Tensor:
+    """Packed codes uint8 [rows, n, bytes] of keys [rows, n, D], the nearest level in each channel; channels without
+    bits are left out."""
+    channels = (keys.float() - mean.float()[:, None]) @ analysis
+    tiers = channels[..., : sum(level.shape[1] for level in levels)].split([level.shape[1] for level in levels], dim=-1)
+    codes = [_nearest(tier.mT, level.float()).mT for tier, level in zip(tiers, levels, strict=True)]
+    return torch.cat([_pack(c, bits) for c, bits in zip(codes, _BITS, strict=True)], dim=-1)
+
+
+def decode(codes: Tensor, levels: Levels) -> Tensor:
+    """The D' channels that have bits, fp32 [rows, n, D'], of packed codes; the first D' columns of the synthesis matrix
+    restore a key from them."""
+    widths = [level.shape[1] for level in levels]
+    parts = codes.split([-(-width * bits // 8) for width, bits in zip(widths, _BITS, strict=True)], dim=-1)
+    unpacked = [_unpack(part, bits, width).mT for part, bits, width in zip(parts, _BITS, widths, strict=True)]
+    return torch.cat([level.float().gather(-1, c.long()) for level, c in zip(levels, unpacked, strict=True)], dim=1).mT
+
+
+def _nearest(tier: Tensor, levels: Tensor) -> Tensor:
+    """The code of every value of tier [rows, width, n]."""
+    thresholds = (levels[..., 1:] + levels[..., :-1]) / 2
+    return torch.searchsorted(thresholds.contiguous(), tier.contiguous())
+
+
+def _lloyd(tier: Tensor, weights: Tensor, bits: int) -> Tensor:
+    positive = torch.tensor(_POSITIVE[bits], device=tier.device)
+    total = weights.sum(-1)[:, None, None].clamp_min(1)
+    weights = weights[:, None].expand_as(tier)
+    deviation = ((tier.square() * weights).sum(-1, keepdim=True) / total).sqrt()
+    levels = torch.cat([-positive.flip(0), positive]) * deviation
+    for _ in range(_LLOYD_STEPS):
+        codes = _nearest(tier, levels)
+        counts = torch.zeros_like(levels).scatter_add_(-1, codes, weights)
+        sums = torch.zeros_like(levels).scatter_add_(-1, codes, tier * weights)
+        levels = torch.where(counts > 0, sums / counts.clamp_min(1e-6), levels)
+    return levels.half()
+
+
+def _shrunken(moment: Tensor, share: float) -> Tensor:
+    size = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (1 - share) * moment + share * size[:, None, None] * _identity(moment)
+
+
+def _ridged(covariance: Tensor, share: float) -> Tensor:
+    size = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return covariance + share * size[:, None, None] * _identity(covariance)
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., w] into ceil(w * bits / 8) bytes: byte j holds channels j, j + n, j + 2 n, ..., lowest bits first."""
+    per_byte = 8 // bits
+    n_bytes = -(-codes.shape[-1] // per_byte)
+    padded = F.pad(codes, (0, n_bytes * per_byte - codes.shape[-1])).to(torch.uint8)
+    planes = padded.unflatten(-1, (per_byte, n_bytes)).unbind(-2)
+    packed = torch.zeros_like(planes[0])
+    for i, plane in enumerate(planes):
+        packed |= plane << (i * bits)
+    return packed
+
+
+def _unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    planes = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
+    return torch.cat(planes, dim=-1)[..., :width]
