@@ -6,13 +6,25 @@ options keep the comma. Everything in here is frozen, and nothing of it is looke
 
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from kvoffload.completion import CompletionConfig
+from kvoffload.completion.calibrated import CalibrationFile
+from kvoffload.layer_budgets import layer_shares, read_layer_budgets
 from kvoffload.selection import SelectorConfig
 from kvoffload.units import Budget, parse_size
 
@@ -25,6 +37,16 @@ def variants(union: Any) -> dict[str, type[BaseModel]]:
 
 
 VARIANTS = {"selector": variants(SelectorConfig), "completion": variants(CompletionConfig)}
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every kind of selector with every kind of completion that can work with it."""
+    return [
+        (selector, completion)
+        for selector, chosen in VARIANTS["selector"].items()
+        for completion, rest in VARIANTS["completion"].items()
+        if getattr(chosen, "has_index", False) or not getattr(rest, "needs_index", False)
+    ]
 
 
 def parse_variant(text: str) -> dict[str, Any]:
@@ -72,6 +94,7 @@ def _texts(value: Any) -> Any:
 Size = Annotated[int, BeforeValidator(parse_size)]
 OptionalSize = Annotated[Size | None, *_word_for_none("off")]
 OptionalCount = Annotated[Annotated[int, Field(ge=1)] | None, *_word_for_none("auto")]
+OptionalSteps = Annotated[Annotated[int, Field(ge=16)] | None, *_word_for_none("off")]
 BudgetField = Annotated[Budget, BeforeValidator(Budget.parse), PlainSerializer(str)]
 SelectorField = Annotated[SelectorConfig, BeforeValidator(_variant)]
 CompletionsField = Annotated[
@@ -92,7 +115,12 @@ class RuntimeConfig(BaseModel):
     selector: SelectorField = Field(default="quantized", validate_default=True)
     completion: CompletionsField = Field(default="anchored", validate_default=True)
     gate: bool = False
+    gate_queries: int = Field(default=64, ge=1, le=256)
+    gate_margin: float = Field(default=0.0, ge=0.0, lt=1.0)
+    gate_recheck: OptionalSteps = None
+    reanchor: OptionalSteps = 1024
     pool: Literal["layer", "none"] = "layer"
+    layer_budgets: Path | None = None
     sinks: int = Field(default=16, ge=0)
     recent: int = Field(default=64, ge=1)
     page_size: int = Field(default=16, ge=4, le=256)
@@ -113,7 +141,42 @@ class RuntimeConfig(BaseModel):
         if len(self.completion) > 1 and not self.gate:
             names = "+".join(config.kind for config in self.completion)
             raise ValueError(f"completion: {names!r} is more than one; give one, or let --gate choose")
+        needing = [config.kind for config in self.completion if config.needs_index]
+        if needing and not self.selector.has_index:
+            having = ", ".join(kind for kind, cls in VARIANTS["selector"].items() if getattr(cls, "has_index", False))
+            raise ValueError(
+                f"completion: {needing[0]!r} reads a token-level index, which selector {self.selector.kind!r} does not "
+                f"have; selectors with one: {having}"
+            )
+        if self.gate_recheck is not None and not self.gate:
+            raise ValueError(f"gate_recheck: {self.gate_recheck} has nothing to check: give --gate too")
         return self
+
+    @field_validator("layer_budgets")
+    @classmethod
+    def _is_a_calibration(cls, file: Path | None) -> Path | None:
+        if file is not None:
+            read_layer_budgets(file)
+        return file
+
+    @property
+    def calibrations(self) -> tuple[CalibrationFile, ...]:
+        """The files that fit this configuration to one model."""
+        own = () if self.layer_budgets is None else (read_layer_budgets(self.layer_budgets),)
+        return own + tuple(found for config in self.completion if (found := config.calibration) is not None)
+
+    @cached_property
+    def _shares(self) -> tuple[float, ...]:
+        return () if self.layer_budgets is None else layer_shares(read_layer_budgets(self.layer_budgets))
+
+    def share(self, layer: int) -> float:
+        """The budget of the ``layer``-th offloaded layer, as a multiple of the mean."""
+        return self._shares[layer] if self._shares else 1.0
+
+    @property
+    def largest_share(self) -> float:
+        """The share of the layer that reads most."""
+        return max(self._shares, default=1.0)
 
     @property
     def effective_budget(self) -> Budget:

@@ -43,7 +43,7 @@ class Settings(BaseSettings, RuntimeConfig, SamplingConfig):
 
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
     """Settings from the three sources; flags that are None were not given. Raises UsageError in one line."""
-    from_file = _read_toml(config_file) if config_file else {}
+    from_file = read_toml(config_file) if config_file else {}
 
     class Layered(Settings):
         @classmethod
@@ -65,7 +65,8 @@ def to_toml(values: Mapping[str, Any]) -> str:
     return "\n".join(f"{name} = {_toml_value(value)}" for name, value in values.items() if value is not None)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file; raises UsageError if it cannot be read or is none."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -26,8 +26,9 @@ class Partial:
 
     @staticmethod
     def weigh(logits: Tensor, values: Tensor) -> "Partial":
-        """From logits [rows, R, N] and values [rows, N, Dv]."""
-        return Partial(*weigh(logits, values))
+        """From logits [rows * Q, R, N] and values [rows, N, Dv]."""
+        output, lse = weigh(by_row(logits, values.shape[0]), values)
+        return Partial(output.view(*logits.shape[:2], -1), lse.view(logits.shape[:2]))
 
     def masked(self, keep: Tensor) -> "Partial":
         """Empty wherever ``keep`` (bool, shape of lse) is false."""
@@ -37,6 +38,16 @@ class Partial:
 def merge(partials: Sequence[Partial]) -> Partial:
     """One partial over the union of disjoint key sets; empty ones change nothing, to the bit."""
     return reduce(lambda a, b: Partial(*merge_partials(a.output, a.lse, b.output, b.lse)), partials)
+
+
+def query_rows(heads: Tensor) -> Tensor:
+    """Q queries of each row as query rows: [rows, R, Q, ...] to [rows * Q, R, ...]; a view where Q = 1."""
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+def by_row(queries: Tensor, rows: int) -> Tensor:
+    """The Q queries of each row beside its heads: [rows * Q, R, ...] to [rows, Q * R, ...], a view where it can be."""
+    return queries.reshape(rows, -1, *queries.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -72,22 +83,70 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class KeySample:
+    """What an index is fitted to: keys [rows, n, D] from all over a prefill with ``valid`` bool [rows, n] (None: all),
+    and the second moment fp32 [rows, D, D] of the scaled queries at its end (None: all directions alike)."""
+
+    keys: Tensor
+    valid: Tensor | None = None
+    queries: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """1 for keys that count, fp32 [rows, n]."""
+        return torch.ones_like(self.keys[..., 0], dtype=torch.float32) if self.valid is None else self.valid.float()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean fp32 [rows, D] and covariance fp32 [rows, D, D] of the keys."""
+        keys, weights = self.keys.float(), self.weights()[..., None]
+        n_valid = weights.sum(1).clamp_min(1)
+        mean = (keys * weights).sum(1) / n_valid
+        centred = (keys - mean[:, None]) * weights
+        return mean, centred.mT @ centred / n_valid[..., None]
+
+    @property
+    def query_moment(self) -> Tensor:
+        """The second moment of the queries, fp32 [rows, D, D]."""
+        size = self.keys.shape[-1]
+        alike = torch.eye(size, device=self.keys.device).expand(self.keys.shape[0], size, size)
+        return alike if self.queries is None else self.queries
+
+    def to(self, device: torch.device) -> "KeySample":
+        valid, queries = (None if t is None else t.to(device) for t in (self.valid, self.queries))
+        return KeySample(self.keys.to(device), valid, queries)
+
+
+@dataclass(frozen=True)
 class Selection:
-    """Slices to read in one layer and step: int64 [F] each, distinct pairs, in no particular order."""
+    """Slices to read in one layer and forward: int64 [F] each, distinct pairs, in no particular order. ``row_ids``
+    count query rows: the ``n_queries`` queries of row g are g * n_queries and those after it."""
 
     row_ids: Tensor
     page_ids: Tensor
+    n_queries: int = 1
 
     def __len__(self) -> int:
         return self.row_ids.shape[0]
 
+    @property
+    def store_rows(self) -> Tensor:
+        """The rows whose pages are asked for, int64 [F]."""
+        return self.row_ids if self.n_queries == 1 else self.row_ids // self.n_queries
+
     def to(self, device: torch.device) -> "Selection":
-        return Selection(self.row_ids.to(device), self.page_ids.to(device))
+        return Selection(self.row_ids.to(device), self.page_ids.to(device), self.n_queries)
+
+    def by_query(self) -> "list[Selection]":
+        """One selection for each of a row's queries, as single steps would ask; waits for the device."""
+        if self.n_queries == 1:
+            return [self]
+        mine = [self.row_ids % self.n_queries == i for i in range(self.n_queries)]
+        return [Selection(self.row_ids[m], self.page_ids[m], self.n_queries) for m in mine]
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """Selected slices on the device: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, ids int64 [F]."""
+    """Selected slices on the device: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, ids int64 [F];
+    ``row_ids`` count query rows."""
 
     keys: Tensor
     values: Tensor

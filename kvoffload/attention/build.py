@@ -1,13 +1,17 @@
 """From a configuration to the parts of a layer's cache."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from kvoffload_storage.store import Store
 from torch import Tensor
 
+from kvoffload.attention.gate import GateRecheck
 from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.refresh import Reanchoring, Rebuild
+from kvoffload.attention.upkeep import Upkeep
 from kvoffload.cache.anchors import Anchors
 from kvoffload.cache.fetch import MappedFetch, SubmittedFetch
 from kvoffload.cache.slots import PageCache, Slots, Staging
@@ -15,6 +19,7 @@ from kvoffload.completion.base import Completion
 from kvoffload.completion.gated import GatedCompletion
 from kvoffload.config import RuntimeConfig
 from kvoffload.geometry import Geometry
+from kvoffload.index.base import KeyIndex
 from kvoffload.units import Budget
 
 
@@ -23,18 +28,21 @@ class SliceBudget:
     """The budget as a number of slices: it bounds the bytes that selected pages can move.
 
     ``slice_cost_bytes`` is what the tier moves for one slice at most; where reads are aligned to more than a slice,
-    fewer slices fit into the budget.
+    fewer slices fit into the budget. ``share`` is this layer's part, as a multiple of the mean; a budget for everything
+    is for everything in each layer.
     """
 
     budget: Budget
     geometry: Geometry
     n_layers: int
     slice_cost_bytes: int
+    share: float = 1.0
 
     def tokens(self, n_tokens: int) -> float:
         """Token-equivalents per layer and kv head at a context of ``n_tokens``."""
         n_heads = self.n_layers * self.geometry.rows
-        return self.budget.tokens(n_tokens, token_bytes=self.geometry.token_bytes, n_heads_total=n_heads)
+        mean = self.budget.tokens(n_tokens, token_bytes=self.geometry.token_bytes, n_heads_total=n_heads)
+        return mean if mean >= n_tokens else mean * self.share
 
     def __call__(self, n_tokens: int) -> int:
         tokens = self.tokens(n_tokens)
@@ -61,7 +69,11 @@ def build_layer(
     device = keys.device
     index_device = torch.device("cpu") if config.index == "cpu" else device
     selector = config.selector.build(geometry, index_device)
-    completion, gate = _completion(config, geometry, model_layer, device)
+
+    def build_completion() -> tuple[Completion, GatedCompletion | None]:
+        return _completion(config, geometry, model_layer, device, selector.index)
+
+    completion, gate = build_completion()
     slots = _slots(config, geometry, n_layers, staging)
     fetch = MappedFetch if store.mapped(layer) is not None else SubmittedFetch
     cache = LayerCache(
@@ -72,22 +84,36 @@ def build_layer(
         fetch=fetch(store, layer, slots, geometry),
         selector=selector,
         completion=completion,
-        budget=SliceBudget(config.effective_budget, geometry, n_layers, store.slice_cost_bytes),
+        budget=SliceBudget(config.effective_budget, geometry, n_layers, store.slice_cost_bytes, config.share(layer)),
         pool=config.pool,
         index_is_read=config.selector.reads_slow_tier,
         index_on_host=config.index == "cpu" or config.selector.reads_slow_tier,
     )
     cache.gate = gate
+    rebuild = Rebuild(
+        selector=(lambda: config.selector.build(geometry, index_device)) if selector.uses_anchor else None,
+        completion=build_completion if completion.uses_anchor else None,
+    )
+    cache.upkeep = tuple(_upkeep(config, gate, rebuild))
     return cache
 
 
+def _upkeep(config: RuntimeConfig, gate: GatedCompletion | None, rebuild: Rebuild) -> Iterator[Upkeep]:
+    if config.reanchor is not None and (rebuild.selector or rebuild.completion):
+        yield Reanchoring(config.reanchor, rebuild)
+    if config.gate_recheck is not None and gate is not None:
+        yield GateRecheck(config.gate_recheck, gate.n_queries)
+
+
 def _completion(
-    config: RuntimeConfig, geometry: Geometry, layer: int, device: torch.device
+    config: RuntimeConfig, geometry: Geometry, layer: int, device: torch.device, index: KeyIndex | None
 ) -> tuple[Completion, GatedCompletion | None]:
     built = [c.build(geometry, layer, device) for c in config.completion]
+    for completion in built:
+        completion.index = index
     if not config.gate:
         return built[0], None
-    gate = GatedCompletion(built, geometry.value_dim)
+    gate = GatedCompletion(built, geometry.value_dim, n_queries=config.gate_queries, margin=config.gate_margin)
     return gate, gate
 
 

@@ -7,37 +7,42 @@ from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
 from kvoffload.cache.fetch import unpack_slices
-from kvoffload.values import Fetched, Partial, merge
+from kvoffload.values import Fetched, Partial, by_row, merge
 
 
-def decode(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor) -> Partial:
-    """Attention of one new token: query [rows, R, D], key [rows, 1, D] and value [rows, 1, Dv], rotary applied."""
-    layer.append(key, value)
+def decode(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
+    """Attention of the newest Q tokens, each as a step of its own (Q > 1 within ``layer.run_length``): query [rows * Q,
+    R, D], keys [rows, Q, D] and values [rows, Q, Dv], rotary applied, to a partial [rows * Q, R]."""
+    layer.append(keys, values)
     query = query.float() * layer.geometry.scale
+    logits = anchor_logits(layer, query, layer.anchors.seen(query.shape[0] // layer.geometry.rows))
     if layer.n_pages == 0:
-        return Partial.weigh(anchor_logits(layer, query), layer.anchors.values)
-    exact, fetched = attend_selected(layer, query)
-    remainder = layer.completion.estimate(query, fetched)
+        return Partial.weigh(logits, layer.anchors.values)
+    exact, fetched, scores = attend_selected(layer, query, logits)
+    remainder = layer.completion.estimate(query, fetched, scores)
     result = merge([exact, remainder])
-    layer.count_step((remainder.lse - result.lse).exp())
+    layer.count_steps(query, (remainder.lse - result.lse).exp())
     return result
 
 
-def attend_selected(layer: LayerCache, query: Tensor) -> tuple[Partial, Fetched]:
-    """The exact part for scaled queries fp32 [rows, R, D]: anchors and the selected pages, with the pages
-    themselves."""
-    logits = anchor_logits(layer, query)
-    arrivals = layer.fetch.start(layer.select(query, logits.logsumexp(-1)))  # asynchronous: bytes move from here on
+def attend_selected(layer: LayerCache, query: Tensor, logits: Tensor) -> tuple[Partial, Fetched, Tensor]:
+    """The exact part for scaled queries fp32 [rows * Q, R, D] with their anchor logits: anchors and the selected pages;
+    with it those pages and the selector's scores."""
+    selection, scores = layer.select(query, logits.logsumexp(-1))
+    arrivals = layer.fetch.start(selection)  # asynchronous: bytes move from here on
     partials, fetched = [Partial.weigh(logits, layer.anchors.values)], []
     for part, arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
         keys, values = unpack_slices(arrive(), layer.geometry)
-        valid = layer.anchors.page_valid(part.page_ids, part.row_ids)
+        valid = layer.anchors.page_valid(part.page_ids, part.store_rows)
         partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
         fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))
-    return merge(partials), Fetched.join(fetched)
+    return merge(partials), Fetched.join(fetched), scores
 
 
-def anchor_logits(layer: LayerCache, query: Tensor) -> Tensor:
-    """Logits of scaled queries [rows, R, D] over the anchor places, fp32 [rows, R, A]; -inf where no token is."""
-    logits = soft_cap(query @ layer.anchors.keys.float().transpose(-1, -2), layer.geometry.softcap)
-    return logits.masked_fill(~layer.anchors.valid()[:, None], -torch.inf)
+def anchor_logits(layer: LayerCache, query: Tensor, seen: Tensor) -> Tensor:
+    """Logits of scaled queries [rows * Q, R, D] over the anchor places, fp32 [rows * Q, R, A]; -inf where ``seen`` bool
+    [rows or 1, Q or 1, A] is false."""
+    keys = layer.anchors.keys.float().transpose(-1, -2)
+    logits = soft_cap(by_row(query, keys.shape[0]) @ keys, layer.geometry.softcap)
+    by_query = logits.view(keys.shape[0], -1, query.shape[1], keys.shape[-1])
+    return by_query.masked_fill(~seen[:, :, None], -torch.inf).flatten(0, 1)

@@ -8,6 +8,7 @@ import torch
 from kvoffload_storage.store import Moved, Store
 from torch import Tensor
 
+from kvoffload.attention.upkeep import Upkeep
 from kvoffload.cache.anchors import Anchors
 from kvoffload.cache.fetch import Fetch, pack_pages
 from kvoffload.completion.base import Completion
@@ -15,7 +16,7 @@ from kvoffload.completion.gated import GatedCompletion
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector
 from kvoffload.selection.topk import Pool, select_top
-from kvoffload.values import Pages, Selection
+from kvoffload.values import Pages, Selection, by_row
 
 _TAIL_QUERIES = 256
 
@@ -41,12 +42,13 @@ class Meter:
     completion_mass: Tensor | None = None
     written: Moved = field(default_factory=Moved)
 
-    def count_step(self, n_tokens: int, index_bytes: int, state_bytes: int, mass: Tensor) -> None:
-        self.steps += 1
-        self.context_tokens += n_tokens
-        self.index_bytes_read += index_bytes
-        self.state_bytes_touched += state_bytes
-        mean = mass.mean()
+    def count_steps(self, n_steps: int, n_tokens: int, index_bytes: int, state_bytes: int, mass: Tensor) -> None:
+        """Steps at a context of up to ``n_tokens``, each with one token more than the one before it."""
+        self.steps += n_steps
+        self.context_tokens += n_steps * n_tokens - n_steps * (n_steps - 1) // 2
+        self.index_bytes_read += n_steps * index_bytes
+        self.state_bytes_touched += n_steps * state_bytes
+        mean = mass.mean() * n_steps
         self.completion_mass = mean if self.completion_mass is None else self.completion_mass + mean
 
 
@@ -82,6 +84,7 @@ class LayerCache:
         self.ready = True
         self.tail_queries: Tensor | None = None  # in host memory
         self.gate: GatedCompletion | None = None
+        self.upkeep: tuple[Upkeep, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -121,22 +124,43 @@ class LayerCache:
         slots = torch.arange(self.n_tokens - n_queries, self.n_tokens)
         return (slots >= self.anchors.padding.cpu()[:, None]).float()
 
-    def select(self, query: Tensor, anchor_lse: Tensor) -> Selection:
-        """Top-K under the budget for scaled queries fp32 [rows, R, D]; ids are on the selector's device."""
-        device = self.selector.device
-        scores = self.selector.score(query.to(device))
-        return select_top(
+    def run_length(self, limit: int) -> int:
+        """How many of the next ``limit`` tokens one forward can decode as single steps would: none but the first seals
+        a page, the steps read the same number of slices, and no upkeep comes between them."""
+        free = self.anchors.n_unsealing
+        n_pages = self.anchors.n_sealed + (free == 0)
+        steps = min((upkeep.run_length(self, n_pages) for upkeep in self.upkeep), default=limit)
+        longest = min(limit, free or self.geometry.page_size, steps if n_pages else limit)
+        n_slices = n_pages * self.geometry.n_kv_heads
+        reads = [min(self.budget(self.n_tokens + 1 + i), n_slices) for i in range(longest)]
+        return next((i for i in range(1, longest) if reads[i] != reads[0]), longest)
+
+    def select(self, query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
+        """Top-K under the budget for scaled queries fp32 [rows * Q, R, D] whose anchors have mass anchor_lse [rows * Q,
+        R], with the scores of all pages fp32 [rows * Q, R, P]; ids are on the selector's device, and so are the scores
+        unless the completion uses them."""
+        device, rows = self.selector.device, self.geometry.rows
+        scores = self.selector.score(by_row(query, rows).to(device)).reshape(*query.shape[:2], -1)
+        selection = select_top(
             scores,
             anchor_lse.to(device),
             n_sequences=self.geometry.n_sequences,
             n_slices=self.budget(self.n_tokens),
             pool=self.pool,
+            n_queries=query.shape[0] // rows,
         )
+        return selection, scores.to(query.device) if self.completion.uses_scores else scores
 
-    def count_step(self, mass: Tensor) -> None:
-        """Account for a decode step in which the remainder had this share of the total mass, [rows, R]."""
-        index_bytes = self.selector.index_bytes if self._index_is_read else 0
-        self.meter.count_step(self.n_tokens, index_bytes, self.completion.state_bytes, mass)
+    def count_steps(self, query: Tensor, mass: Tensor) -> None:
+        """Account for decode steps of scaled queries [rows * Q, R, D] in which the remainder had this share of the
+        total mass, [rows * Q, R]; then comes the upkeep that is due."""
+        index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes
+        if self.completion.uses_scores and not self._index_is_read:
+            state_bytes += index_bytes
+        n_steps = mass.shape[0] // self.geometry.rows
+        self.meter.count_steps(n_steps, self.n_tokens, index_bytes if self._index_is_read else 0, state_bytes, mass)
+        for upkeep in self.upkeep:
+            upkeep.after_steps(self, query.unflatten(0, (self.geometry.rows, n_steps)))
 
     @property
     def resident_bytes(self) -> int:
@@ -144,8 +168,9 @@ class LayerCache:
         cache, and the pages themselves where their tier is the device."""
         index = self.selector.resident_bytes - self.index_host_bytes
         pages = self.n_pages * self.store.shape.page_bytes if self.store.tier == "gpu" else 0
-        summaries = index + self.completion.state_bytes
-        return self.anchors.resident_bytes + summaries + self.fetch.slots.resident_bytes + pages
+        summaries = index + self.completion.resident_bytes
+        upkeep = sum(upkeep.resident_bytes for upkeep in self.upkeep)
+        return self.anchors.resident_bytes + summaries + upkeep + self.fetch.slots.resident_bytes + pages
 
     @property
     def index_host_bytes(self) -> int:

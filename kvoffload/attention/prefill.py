@@ -5,8 +5,9 @@ import torch
 from kvoffload_kernels.dispatch import attend
 from torch import Tensor
 
-from kvoffload.attention.gate import choose
+from kvoffload.attention.gate import choose_at_prefill
 from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.sample import take_sample
 from kvoffload.attention.stream import stream
 from kvoffload.cache.fetch import pack_pages
 from kvoffload.values import Partial, merge
@@ -40,12 +41,16 @@ def prepare(layer: LayerCache) -> None:
     mean = mean / weights.sum(1, keepdim=True).clamp_min(1)
     anchor = mean.to(layer.anchors.keys.device) * layer.geometry.scale
     layer.selector.reset(anchor)
+    if layer.selector.uses_sample and layer.n_pages:
+        layer.selector.fit(take_sample(layer, layer.tail_queries, weights))
     layer.completion.reset(anchor, n_pages=layer.n_pages)
     for pages in stream(layer):
         layer.absorb(pages)
     layer.ready = True
+    for upkeep in layer.upkeep:
+        upkeep.restart()
     if layer.gate is not None:
-        choose(layer, layer.gate, layer.tail_queries, weights)
+        choose_at_prefill(layer, layer.gate, layer.tail_queries, weights)
 
 
 def _attend(

@@ -66,16 +66,31 @@ class Anchors:
             return self._append_one(keys, values)
         return self._append_many(keys[:, skip:], values[:, skip:])
 
+    def in_order(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of one of the ``buffers`` as they came, without padding: those of the sinks, then those of the
+        window."""
+        places = [self.n_sinks + self._ring(self._window_start + i) for i in range(self.n_window)]
+        return buffer[:, : min(self.n_sinks, self.n_tokens)], buffer[:, places]
+
     def valid(self) -> Tensor:
         """Which anchor places hold a token, bool [rows or 1, A]."""
-        place = torch.arange(self._capacity, device=self.keys.device)
-        age = (place - self._ring(self._window_start)) % self._capacity
-        window = age < self.n_window
-        sinks = torch.arange(self.n_sinks, device=self.keys.device)
+        return self.seen(1)[:, 0]
+
+    def seen(self, n_queries: int) -> Tensor:
+        """Which anchor places the newest ``n_queries`` tokens see, each those up to itself: bool [rows or 1, Q, A]."""
+        slots = self._slots()
+        newest = torch.arange(self.n_tokens - n_queries, self.n_tokens, device=slots.device)
+        seen = slots[:, None] <= newest[:, None]
         if self.padding is None:
-            return torch.cat([sinks < self.n_tokens, window])[None]
-        real = self._window_start + age >= self.padding[:, None] + self.n_sinks
-        return torch.cat([self.padding[:, None] + sinks < self.n_tokens, window & real], dim=1)
+            return seen
+        real = (slots >= self.padding[:, None] + self.n_sinks)[:, None]
+        real[..., : self.n_sinks] = True
+        return seen & real
+
+    @property
+    def n_unsealing(self) -> int:
+        """How many tokens can come before one seals a page; 0 where the next one does."""
+        return max(self.n_sinks - self.n_tokens, 0) + self._capacity - 1 - self.n_window
 
     def page_valid(self, page_ids: Tensor, row_ids: Tensor) -> Tensor | None:
         """Which tokens of the given pages count, bool [F, S]; None when all do."""
@@ -98,6 +113,16 @@ class Anchors:
             raise ValueError(f"cannot crop {n_tokens} tokens: only the newest {self.n_window} are not sealed yet")
         self.n_tokens -= n_tokens
         self.n_window -= n_tokens
+
+    def _slots(self) -> Tensor:
+        """The slot of the token in each place, int64 [rows or 1, A]; one that is still to come where there is none."""
+        place = torch.arange(self._capacity, device=self.keys.device)
+        window = self._window_start + (place - self._ring(self._window_start)) % self._capacity
+        sinks = torch.arange(self.n_sinks, device=self.keys.device)
+        if self.padding is None:
+            return torch.cat([sinks, window])[None]
+        sinks = self.padding[:, None] + sinks
+        return torch.cat([sinks, window.expand(len(sinks), -1)], dim=1)
 
     @property
     def _window_start(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from kvoffload_kernels.dispatch import gather_slices
 from kvoffload_storage.aligned import aligned_empty
-from kvoffload_storage.store import Moved, Store, Ticket
+from kvoffload_storage.store import Moved, Store
 from torch import Tensor
 
 from kvoffload.cache.slots import Slots
@@ -56,7 +56,7 @@ class Fetch(ABC):
     def __init__(self, store: Store, layer: int, slots: Slots, geometry: Geometry) -> None:
         self.store, self.layer, self.slots, self.geometry = store, layer, slots, geometry
         self.device = slots.data.device
-        self.decode, self.prefill = Traffic(), Traffic()
+        self.decode, self.prefill, self.refresh = Traffic(), Traffic(), Traffic()
         self.n_asked, self.n_hits = 0, torch.zeros((), dtype=torch.int64)
         self.step_bytes = 0  # device bytes of the largest step so far that no cache keeps; layers share them
 
@@ -68,9 +68,14 @@ class Fetch(ABC):
         """
 
     @abstractmethod
-    def stream(self, block: int) -> Iterator[Pages]:
-        """All sealed pages in order, ``block`` at a time; counted as prefill traffic. ``valid`` is None: the caller
-        knows the padding. Each block is valid until the next is asked for."""
+    def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
+        """All sealed pages in order, ``block`` at a time; counted as prefill traffic where none is given. ``valid`` is
+        None: the caller knows the padding. Each block is valid until the next is asked for."""
+
+    @abstractmethod
+    def ask_pages(self, first: int, n_pages: int, traffic: Traffic) -> Callable[[], Pages]:
+        """Ask for a run of sealed pages without waiting; the call gives them, ``valid`` None, until the next run is
+        asked for. Steps may come in between."""
 
     @contextmanager
     def counted_as_prefill(self) -> Iterator[None]:
@@ -83,8 +88,11 @@ class Fetch(ABC):
             self.decode, self.n_asked, self.n_hits = decode, asked, hits
 
     def _admit(self, selection: Selection) -> tuple[Tensor, Tensor] | None:
-        admitted = self.slots.admit(selection.page_ids * self.geometry.rows + selection.row_ids)
+        """Places in the page cache; several queries of a row, which may want the same pages, pass it by."""
         self.n_asked += len(selection)
+        if selection.n_queries > 1:
+            return None
+        admitted = self.slots.admit(selection.page_ids * self.geometry.rows + selection.row_ids)
         if admitted is not None:
             self.n_hits = self.n_hits.to(admitted[1].device) + admitted[1].sum()
         return admitted
@@ -99,7 +107,7 @@ class MappedFetch(Fetch):
 
     def start(self, selection: Selection) -> list[Arrival]:
         selection = selection.to(self.device)
-        ids = selection.page_ids * self.geometry.rows + selection.row_ids
+        ids = selection.page_ids * self.geometry.rows + selection.store_rows
         admitted, source = self._admit(selection), self._memory().flatten(0, 1)
         if admitted is None:
             places = self.slots.reserve(len(selection))
@@ -112,13 +120,19 @@ class MappedFetch(Fetch):
         self._count((~hit).sum())
         return [(selection, lambda: self.slots.data.index_select(0, slot_ids))]
 
-    def stream(self, block: int) -> Iterator[Pages]:
-        memory, n_pages = self._memory(), self.store.n_pages(self.layer)
+    def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
+        n_pages = self.store.n_pages(self.layer)
         for first in range(0, n_pages, block):
-            data = memory[first : min(first + block, n_pages)]
+            yield self.ask_pages(first, min(block, n_pages - first), traffic or self.prefill)()
+
+    def ask_pages(self, first: int, n_pages: int, traffic: Traffic) -> Callable[[], Pages]:
+        def arrive() -> Pages:
+            data = self._memory()[first : first + n_pages]  # not before: an append may move the memory
             if self.store.tier != "gpu":
-                self.prefill.add_mapped(data.numel())
-            yield self._pages(data.to(self.device))
+                traffic.add_mapped(data.numel())
+            return self._pages(data.to(self.device, non_blocking=True))
+
+        return arrive
 
     def _count(self, n_slices: Tensor | int) -> None:
         if self.store.tier != "gpu":
@@ -134,50 +148,70 @@ class SubmittedFetch(Fetch):
     """For tiers behind the host: the host learns the selection and submits the reads; hits are used while misses
     travel.
 
-    One request is under way at a time, so its staging buffer is free again when the next one starts; copies out of it
-    are ordered by the device's stream, which ``wait`` on the following request's ids has synchronised.
+    The requests of one ``start`` (one for each of a row's queries) are under way together, each in its part of the
+    staging buffer, which is free again when the next ones start; copies out of it are ordered by the device's stream,
+    which ``wait`` on the following request's ids has synchronised.
     """
 
     def __init__(self, store: Store, layer: int, slots: Slots, geometry: Geometry) -> None:
         super().__init__(store, layer, slots, geometry)
-        self._staging = aligned_empty(0)
+        self._staging, self._run = aligned_empty(0), aligned_empty(0)
 
     def start(self, selection: Selection) -> list[Arrival]:
         selection = selection.to(torch.device("cpu"))
         admitted = self._admit(selection)
         if admitted is None:
-            return [self._submit(selection, None)]
+            return self._submit(selection.by_query())
         places, hit = admitted
         have = Selection(selection.row_ids[hit], selection.page_ids[hit])
         want = Selection(selection.row_ids[~hit], selection.page_ids[~hit])
         resident = self.slots.data.index_select(0, places[hit].to(self.device))
-        return [(have, lambda: resident), self._submit(want, places[~hit].to(self.device))]
+        return [(have, lambda: resident), *self._submit([want], places[~hit].to(self.device))]
 
-    def stream(self, block: int) -> Iterator[Pages]:
-        n_pages, size = self.store.n_pages(self.layer), self.geometry.rows * self.geometry.slice_bytes
+    def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
+        n_pages = self.store.n_pages(self.layer)
         starts = range(0, n_pages, block)
-        runs = [self._buffer(min(block, n_pages) * size) for _ in starts[:2]]
+        runs = [self._buffer(min(block, n_pages) * self.store.shape.page_bytes) for _ in starts[:2]]
 
-        def ask(i: int) -> tuple[Tensor, Ticket]:
-            n = min(block, n_pages - starts[i])
-            out = runs[i % 2][: n * size].view(n, self.geometry.rows, self.geometry.slice_bytes)
-            return out, self.store.read_pages(self.layer, starts[i], out)
+        def ask(i: int) -> Callable[[], Tensor]:
+            return self._read_pages(starts[i], min(block, n_pages - starts[i]), runs[i % 2], traffic or self.prefill)
 
-        ahead = ask(0) if n_pages else None
+        ahead = [ask(0)] if n_pages else []
         for i in range(len(starts)):
-            assert ahead is not None
-            out, ticket = ahead
-            self.prefill.moved += ticket.wait()
-            ahead = ask(i + 1) if i + 1 < len(starts) else None
-            yield self._pages(out.to(self.device))
+            data = ahead.pop()()
+            ahead = [ask(i + 1)] if i + 1 < len(starts) else []
+            yield self._pages(data.to(self.device))
 
-    def _submit(self, selection: Selection, places: Tensor | None) -> Arrival:
-        n_bytes = len(selection) * self.geometry.slice_bytes
-        if n_bytes > self._staging.numel():
-            self._staging = self._buffer(n_bytes)
-        staged = self._staging[:n_bytes].view(len(selection), self.geometry.slice_bytes)
-        self.step_bytes = max(self.step_bytes, n_bytes)
-        ticket = self.store.read_slices(self.layer, selection.page_ids, selection.row_ids, staged)
+    def ask_pages(self, first: int, n_pages: int, traffic: Traffic) -> Callable[[], Pages]:
+        n_bytes = n_pages * self.store.shape.page_bytes
+        if n_bytes > self._run.numel():
+            self._run = self._buffer(n_bytes)
+        data = self._read_pages(first, n_pages, self._run, traffic)
+        return lambda: self._pages(data().to(self.device))
+
+    def _read_pages(self, first: int, n_pages: int, buffer: Tensor, traffic: Traffic) -> Callable[[], Tensor]:
+        """Start reading into the buffer; the call gives the pages in host memory."""
+        shape = self.store.shape
+        out = buffer[: n_pages * shape.page_bytes].view(n_pages, shape.n_slices, shape.slice_bytes)
+        ticket = self.store.read_pages(self.layer, first, out)
+
+        def arrive() -> Tensor:
+            traffic.moved += ticket.wait()
+            return out
+
+        return arrive
+
+    def _submit(self, selections: list[Selection], places: Tensor | None = None) -> list[Arrival]:
+        """One read for each selection, so that each moves what it would alone."""
+        n_slices, size = sum(map(len, selections)), self.geometry.slice_bytes
+        if n_slices * size > self._staging.numel():
+            self._staging = self._buffer(n_slices * size)
+        self.step_bytes = max(self.step_bytes, n_slices * size)
+        parts = self._staging[: n_slices * size].view(n_slices, size).split([len(s) for s in selections])
+        return [self._read(s, part, places) for s, part in zip(selections, parts, strict=True)]
+
+    def _read(self, selection: Selection, staged: Tensor, places: Tensor | None) -> Arrival:
+        ticket = self.store.read_slices(self.layer, selection.page_ids, selection.store_rows, staged)
 
         def arrive() -> Tensor:
             self.decode.moved += ticket.wait()

@@ -2,17 +2,37 @@
 fetched."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from kvoffload.completion.calibrated import CalibrationFile
 from kvoffload.geometry import Geometry
+from kvoffload.index.base import KeyIndex
 from kvoffload.values import Fetched, Pages, Partial
 
 
+def per_query(state: Tensor, query: Tensor) -> Tensor:
+    """State [rows, ...] repeated for the queries [rows * Q, ...] of each row; the state itself where Q = 1."""
+    n_queries = query.shape[0] // state.shape[0]
+    return state if n_queries == 1 else state.repeat_interleave(n_queries, 0)
+
+
 class Completion(ABC):
-    """The remainder of one layer. Pages come in order, each once; queries are fp32 [rows, R, D], already scaled."""
+    """The remainder of one layer. Pages come in order, each once; queries are fp32 [rows * Q, R, D], already scaled:
+    the Q queries of row g are g * Q .. g * Q + Q - 1 ("query rows"; Q = 1 when generating)."""
+
+    uses_scores: bool = False
+    """Whether ``estimate`` looks at the scores, or at the index they come from; the meter then charges it for the index
+    too."""
+
+    index: KeyIndex | None = None
+    """The selector's index where it has one, set before the first page comes; a page is in it when it comes here."""
+
+    uses_anchor: bool = False
+    """Whether the state depends on the anchor; it is then rebuilt around newer queries while generating."""
 
     @abstractmethod
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
@@ -24,21 +44,35 @@ class Completion(ABC):
         """Take in the next sealed pages; the tensors are not kept."""
 
     @abstractmethod
-    def estimate(self, query: Tensor, fetched: Fetched) -> Partial:
-        """The absorbed pages minus the fetched ones, as a partial [rows, R]; lse = -inf where nothing remains
-        (exactly so when every page was fetched). ``fetched`` holds each slice at most once and changes nothing in the
-        state."""
+    def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
+        """The absorbed pages minus the fetched ones, as a partial [rows * Q, R]; lse = -inf where nothing remains
+        (exactly so when every page was fetched). ``fetched`` holds each slice of a query row at most once and changes
+        nothing in the state. ``scores`` fp32 [rows * Q, R, P] are the selector's estimates of all pages' log masses; on
+        the query's device only where ``uses_scores`` says that they are needed."""
 
     @property
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of the summary, all of them touched in each step."""
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes kept on the device; more than the state where it is made of something."""
+        return self.state_bytes
+
 
 class CompletionConfigBase(BaseModel):
     """Fields of one kind of completion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needs_index: ClassVar[bool] = False
+    """Whether it reads the selector's token-level index, which there must be then."""
+
+    @property
+    def calibration(self) -> CalibrationFile | None:
+        """The file that fits this completion to one model, which it then cannot do without."""
+        return None
 
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
         raise NotImplementedError

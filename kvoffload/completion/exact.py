@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kvoffload.buffers import Growing, page_mask
-from kvoffload.completion.base import Completion, CompletionConfigBase
+from kvoffload.completion.base import Completion, CompletionConfigBase, per_query
 from kvoffload.geometry import Geometry
-from kvoffload.values import Fetched, Pages, Partial
+from kvoffload.values import Fetched, Pages, Partial, by_row
 
 
 class ExactCompletionConfig(CompletionConfigBase):
@@ -37,12 +37,13 @@ class ExactCompletion(Completion):
         self._values.append(pages.values)
         self._log_valid.append(pages.log_valid())
 
-    def estimate(self, query: Tensor, fetched: Fetched) -> Partial:
+    def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         if len(self._keys) == 0:
             return Partial.empty(query, self._geometry.value_dim)
         read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], len(self._keys))
-        keep = self._log_valid.view.masked_fill(read[..., None], -torch.inf)
-        logits = query @ self._keys.view.float().flatten(1, 2).transpose(-1, -2)
+        keep = per_query(self._log_valid.view, query).masked_fill(read[..., None], -torch.inf)
+        keys = self._keys.view.float().flatten(1, 2)
+        logits = (by_row(query, keys.shape[0]) @ keys.transpose(-1, -2)).view(*query.shape[:2], -1)
         if self._geometry.softcap is not None:
             logits = torch.tanh(logits / self._geometry.softcap) * self._geometry.softcap
         return Partial.weigh(logits + keep.flatten(1)[:, None], self._values.view.float().flatten(1, 2))

@@ -32,7 +32,7 @@ class NoCompletion(Completion):
     def absorb(self, pages: Pages) -> None:
         """There is no state."""
 
-    def estimate(self, query: Tensor, fetched: Fetched) -> Partial:
+    def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         return Partial.empty(query, self._value_dim)
 
     @property

@@ -1,8 +1,9 @@
 """The cache that a transformers model is given: the library's own, with its unbounded layers replaced by ours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 import torch
@@ -16,13 +17,15 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
+from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefill import prefill, prepare, refill
 from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
 from kvoffload.geometry import Geometry
-from kvoffload.values import Partial
+from kvoffload.models.fingerprint import check_loaded
+from kvoffload.values import Partial, query_rows
 
 _UPDATED: ContextVar["OffloadLayer | None"] = ContextVar("updated layer", default=None)
 
@@ -81,21 +84,33 @@ class OffloadLayer(CacheLayerMixin):
             raise OutOfRoomError(str(error)) from error
 
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
-        if q.shape[2] > 1 or self._cache.exact or kv.n_tokens == 0:
+        one_by_one = q.shape[2] == 1 or self._cache.stepping
+        if self._cache.exact or kv.n_tokens == 0 or not one_by_one:
             self._note_padding(kv, mask)
             kv.remember_queries(q)
             return prefill(kv, q, k, v)
         prepare(kv)
-        step = decode(kv, q[:, :, 0], k, v)
-        return Partial(step.output[:, :, None], step.lse[:, :, None])
+        if q.shape[2] > kv.run_length(q.shape[2]):
+            raise UsageError(f"{q.shape[2]} tokens in one forward: at most {kv.run_length(q.shape[2])} can be decoded")
+        step = decode(kv, query_rows(q), k, v)
+        output, lse = (t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse))
+        return Partial(output, lse)
 
-    def copy_prefill(self, source: "OffloadLayer") -> None:
-        """Take over another layer's tokens as if they had been prefilled here; nothing is shared afterwards."""
-        assert source.kv is not None, "there is nothing to copy"
+    def copy_prefill(self, sources: "Sequence[OffloadLayer]") -> None:
+        """Take over other layers' tokens as if they had been prefilled here, several as sequences side by side; nothing
+        is shared afterwards."""
+        theirs = [source.kv for source in sources if source.kv is not None]
+        assert len(theirs) == len(sources) > 0, "there is nothing to copy"
         assert self.kv is None, "this layer has tokens already"
-        self.kv = self._cache.build(self._index, self._place, source.kv.geometry, *source.kv.anchors.buffers)
-        refill(self.kv, source.kv)
-        self.n_seen = source.n_seen
+        geometry = theirs[0].geometry
+        if len(theirs) > 1:
+            geometry = replace(geometry, n_sequences=len(theirs))
+        self.kv = self._cache.build(self._index, self._place, geometry, *theirs[0].anchors.buffers)
+        if len(theirs) > 1:
+            join(self.kv, theirs)
+        else:
+            refill(self.kv, theirs[0])
+        self.n_seen = self.kv.n_tokens
 
     def get_seq_length(self) -> int:
         return self.n_seen
@@ -150,6 +165,7 @@ class OffloadCache(DynamicCache):
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: RuntimeConfig, *, expected_tokens: int = 0) -> None:
+        check_loaded(config.calibrations, model_config)
         super().__init__(config=model_config)
         if not self.layers:
             n_layers = model_config.get_text_config(decoder=True).num_hidden_layers
@@ -163,7 +179,7 @@ class OffloadCache(DynamicCache):
         for place, i in enumerate(unbounded):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)
-        self.config, self.exact = config, False
+        self.config, self.exact, self.stepping = config, False, False
         self._expected_tokens = expected_tokens
         self._stores: dict[StoreShape, Store] = {}
         self._staging: dict[StoreShape, Staging] = {}
@@ -213,6 +229,20 @@ class OffloadCache(DynamicCache):
         finally:
             self.exact = False
 
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Inside this block a forward of several tokens decodes each of them under the budget, as single steps would;
+        it may have ``run_length`` tokens."""
+        self.stepping = True
+        try:
+            yield
+        finally:
+            self.stepping = False
+
+    def run_length(self, limit: int) -> int:
+        """How many of the next ``limit`` tokens one forward can decode."""
+        return min((kv.run_length(limit) for kv in self.offloaded), default=min(limit, 1))
+
     def build(self, index: int, place: int, geometry: Geometry, keys: Tensor, values: Tensor) -> LayerCache:
         """The cache of the model's layer ``index``, the ``place``-th offloaded one; called once by its first
         attention."""
@@ -226,16 +256,17 @@ class OffloadCache(DynamicCache):
             self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values
         )
 
-    def copy_prefill(self, source: "OffloadCache") -> None:
+    def copy_prefill(self, *sources: "OffloadCache") -> None:
         """Begin with the tokens of another cache of the same model, page size and anchors, whatever its tier and
-        policies."""
+        policies; those of several single sequences become a batch, padded at the left."""
         same = ("page_size", "sinks", "recent")
-        if any(getattr(self.config, name) != getattr(source.config, name) for name in same):
+        if any(getattr(self.config, name) != getattr(source.config, name) for name in same for source in sources):
             raise UsageError(f"a prefill can only be copied between equal {', '.join(same)}")
-        for mine, theirs in zip(self.layers, source.layers, strict=True):
-            if not isinstance(mine, OffloadLayer) or not isinstance(theirs, OffloadLayer):
+        for mine, *theirs in zip(self.layers, *(source.layers for source in sources), strict=True):
+            ours = [layer for layer in theirs if isinstance(layer, OffloadLayer)]
+            if not isinstance(mine, OffloadLayer) or len(ours) < len(theirs):
                 raise UsageError("a prefill with sliding-window or linear layers cannot be copied")
-            mine.copy_prefill(theirs)
+            mine.copy_prefill(ours)
 
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")

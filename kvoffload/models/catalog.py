@@ -117,6 +117,7 @@ def load_model(
             model = shape_model(config, dtype=dtype, device=device)
     else:
         model = _pretrained(localize(source, on_progress), dtype, device, on_progress)
+    model.config.name_or_path = str(source.path or source.name)
     return LoadedModel(model, tokenizer, source.name, model.config)
 
 

@@ -14,6 +14,14 @@ from transformers.generation.logits_process import (
 from kvoffload.config import SamplingConfig
 
 
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: those of the generation config and the tokenizer's own."""
+    ends = model.generation_config.eos_token_id
+    own = getattr(tokenizer, "eos_token_id", None)
+    found = ends if isinstance(ends, list) else [ends]
+    return {e for e in [*found, own] if e is not None}
+
+
 class Sampler:
     """Greedy at temperature 0, else sampling with a generator of its own."""
 

@@ -26,6 +26,7 @@ from kvoffload.models.catalog import (
     resolve,
     weight_bytes,
 )
+from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.runtime.doctor import inspect
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.limits import find_limits
@@ -119,6 +120,7 @@ def accept(settings: Settings, view: ProgressView) -> Job:
         raise UsageError(f"io_engine: {settings.io_engine!r} cannot be used here: {reason}")
     model_config = load_config(source)
     _plan(settings, source, model_config, device, 1 + settings.max_new_tokens, 1).check()
+    check_calibrations(settings.calibrations, source)
     tokenizer = load_tokenizer(source, view.load)
     prompt = prompt_ids(text, settings, tokenizer)
     _check_context(len(prompt), _max_context(model_config), settings, view)

@@ -8,6 +8,7 @@ from kvoffload.config import RuntimeConfig, explain
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
+from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, switch_attention
 from kvoffload.runtime.session import Session
@@ -39,7 +40,9 @@ class Runtime:
         of RuntimeConfig. ``on_progress`` hears of downloads and conversions. Raises UsageError for what it cannot
         accept, before any weights load."""
         settings = _settings(config)
-        loaded = load_model(resolve(model), dtype=settings.dtype, device=settings.device, on_progress=on_progress)
+        source = resolve(model)
+        check_calibrations(settings.calibrations, source)
+        loaded = load_model(source, dtype=settings.dtype, device=settings.device, on_progress=on_progress)
         return cls(loaded, settings)
 
     def session(self, *, expected_tokens: int = 0) -> Session:

@@ -12,7 +12,7 @@ from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
-from kvoffload.models.sampling import Sampler, TextStream
+from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.runtime.stats import Stats, collect
 
 
@@ -111,7 +111,7 @@ class Session:
         Raises UsageError before a prefill."""
         sampling = sampling or SamplingConfig()
         text, sampler = TextStream(self._tokenizer, sampling.stop), Sampler(sampling, self._model.device)
-        ends = self._end_tokens()
+        ends = end_tokens(self._model, self._tokenizer)
         for i in range(sampling.max_new_tokens):
             token = self._next_token(sampler)
             if token in ends:
@@ -173,12 +173,6 @@ class Session:
         if self._logits is None:
             raise UsageError("prefill a prompt first: there is nothing to go on from")
         return self._logits
-
-    def _end_tokens(self) -> set[int]:
-        ends = self._model.generation_config.eos_token_id
-        own = getattr(self._tokenizer, "eos_token_id", None)
-        found = ends if isinstance(ends, list) else [ends]
-        return {e for e in [*found, own] if e is not None}
 
     def _bytes_moved(self) -> int:
         layers = self.cache.offloaded

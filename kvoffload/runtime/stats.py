@@ -25,12 +25,13 @@ class Stats:
     charged_share: float | None
     bytes_read: dict[str, int]
     decode_bytes_read: dict[str, int]
+    refresh_bytes_read: dict[str, int]
     bytes_written: dict[str, int]
     resident_bytes: int
     index_host_bytes: int
     completion_mass: float | None
     hit_rate: float | None
-    gate_abstains: float | None
+    gate_abstain_share: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,7 +77,8 @@ def collect(
     decode = sum((layer.fetch.decode.total() for layer in layers), Moved())
     index_read = sum(layer.meter.index_bytes_read for layer in layers)
     decode += Moved(cpu=index_read)
-    read = sum((layer.fetch.prefill.total() for layer in layers), decode)
+    refresh = sum((layer.fetch.refresh.total() for layer in layers), Moved())
+    read = sum((layer.fetch.prefill.total() for layer in layers), decode + refresh)
     written = sum((layer.meter.written for layer in layers), Moved())
     n_asked = sum(layer.fetch.n_asked for layer in layers)
     masses = [float(x.meter.completion_mass) / x.meter.steps for x in layers if x.meter.completion_mass is not None]
@@ -93,10 +95,11 @@ def collect(
         charged_share=reads.charged / reads.context if reads else None,
         bytes_read={"cpu": read.cpu, "nvme": read.nvme},
         decode_bytes_read={"cpu": decode.cpu, "nvme": decode.nvme},
+        refresh_bytes_read={"cpu": refresh.cpu, "nvme": refresh.nvme},
         bytes_written={"cpu": written.cpu, "nvme": written.nvme},
         resident_bytes=sum(x.resident_bytes for x in layers) + step_bytes + bounded_bytes,
         index_host_bytes=sum(layer.index_host_bytes for layer in layers),
         completion_mass=sum(masses) / len(masses) if masses else None,
         hit_rate=sum(int(layer.fetch.n_hits) for layer in layers) / n_asked if n_asked else None,
-        gate_abstains=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
+        gate_abstain_share=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
     )

@@ -81,6 +81,8 @@ def statistics_line(stats: Stats) -> str:
         parts.append(f"hits {stats.hit_rate:.0%}")
     if stats.completion_mass is not None:
         parts.append(f"completion mass {stats.completion_mass:.3f}")
+    if stats.gate_abstain_share is not None:
+        parts.append(f"{stats.gate_abstain_share:.0%} of heads abstain")
     return " · ".join([*parts, f"resident {format_size(stats.resident_bytes)}"])
 
 

@@ -10,10 +10,12 @@ from kvoffload.selection.exact import ExactSelectorConfig
 from kvoffload.selection.mean import MeanSelectorConfig
 from kvoffload.selection.quantized import QuantizedSelectorConfig
 from kvoffload.selection.spread import SpreadSelectorConfig
+from kvoffload.selection.transform import TransformSelectorConfig
 from kvoffload.selection.uniform import UniformSelectorConfig
 
 SelectorConfig = Annotated[
     QuantizedSelectorConfig
+    | TransformSelectorConfig
     | BoundsSelectorConfig
     | MeanSelectorConfig
     | AnchoredSelectorConfig

@@ -24,6 +24,8 @@ class AnchoredSelectorConfig(SelectorConfigBase):
 
 
 class AnchoredSelector(Selector):
+    uses_anchor = True
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._sums = PageSums(keep_values=False)

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kvoffload.geometry import Geometry
-from kvoffload.values import Pages
+from kvoffload.index.base import KeyIndex
+from kvoffload.values import KeySample, Pages
 
 
 class Selector(ABC):
@@ -18,8 +19,20 @@ class Selector(ABC):
     device: torch.device
     """Where the index lives and is scored; queries are given there."""
 
+    uses_anchor: bool = False
+    """Whether the index depends on the anchor; it is then rebuilt around newer queries while generating."""
+
+    uses_sample: bool = False
+    """Whether ``fit`` does anything."""
+
+    index: KeyIndex | None = None
+    """The approximate keys that the scores come from, where there are any; completions may read them."""
+
     def reset(self, anchor: Tensor) -> None:  # noqa: B027 - most selectors have no use for the anchor
         """Forget every page; ``anchor`` is the prefill's mean scaled query, fp32 [rows, D]."""
+
+    def fit(self, sample: KeySample) -> None:  # noqa: B027 - as above
+        """Some of the keys that come, right after a reset and before the first page."""
 
     @abstractmethod
     def absorb(self, pages: Pages) -> None:
@@ -47,6 +60,9 @@ class SelectorConfigBase(BaseModel):
 
     reads_slow_tier: ClassVar[bool] = False
     """Whether scoring reads KV bytes themselves: they stay in host memory, and every step is charged them as read."""
+
+    has_index: ClassVar[bool] = False
+    """Whether the selector built has a token-level index for completions to read."""
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         raise NotImplementedError

@@ -10,20 +10,26 @@ from kvoffload.values import Selection
 Pool = Literal["layer", "none"]
 
 
-def select_top(scores: Tensor, anchor_lse: Tensor, *, n_sequences: int, n_slices: int, pool: Pool) -> Selection:
-    """The ``n_slices`` slices of each sequence with the largest share of the total mass, summed over a group's query
-    heads.
+def select_top(
+    scores: Tensor, anchor_lse: Tensor, *, n_sequences: int, n_slices: int, pool: Pool, n_queries: int = 1
+) -> Selection:
+    """The ``n_slices`` slices of each sequence and query with the largest share of the total mass, summed over a
+    group's query heads.
 
-    scores are log masses fp32 [rows, R, P], anchor_lse [rows, R]. A head's share of a page is e^(score - z) with z over
-    anchors and pages together. With pool "layer" the kv heads of a sequence compete for the slices; with "none" each
-    gets its equal part. Fixed output size for fixed arguments; no host round trip.
+    scores are log masses fp32 [rows * Q, R, P], anchor_lse [rows * Q, R], both in query rows, as are the ids that come
+    out. A head's share of a page is e^(score - z) with z over anchors and pages together. With pool "layer" the kv
+    heads of a sequence compete for the slices of one query; with "none" each gets its equal part. Fixed output size for
+    fixed arguments; no host round trip.
     """
-    rows, _, n_pages = scores.shape
-    n_heads = rows // n_sequences
+    n_pages = scores.shape[-1]
+    n_heads = scores.shape[0] // (n_sequences * n_queries)
     total = torch.logaddexp(scores.logsumexp(-1), anchor_lse)
-    shares = (scores - total[..., None]).logsumexp(1)  # [rows, P]
-    lists, width = (n_sequences, n_heads * n_pages) if pool == "layer" else (rows, n_pages)
-    k = min(n_slices if pool == "layer" else n_slices // n_heads, width)
-    chosen = shares.reshape(lists, width).topk(k, dim=-1, sorted=False).indices
-    flat = (chosen + torch.arange(lists, device=chosen.device)[:, None] * width).flatten()
-    return Selection(flat // n_pages, flat % n_pages)
+    shares = (scores - total[..., None]).logsumexp(1).view(n_sequences, n_heads, n_queries, n_pages)
+    query_rows = torch.arange(shares.shape[:3].numel(), device=scores.device).view(n_sequences, n_heads, n_queries)
+    heads = n_heads if pool == "layer" else 1  # kv heads that share one list
+    lists = (n_sequences, n_heads // heads, heads, n_queries)
+    shares = shares.view(*lists, n_pages).transpose(2, 3).flatten(3)
+    query_rows = query_rows.view(lists).transpose(2, 3)
+    k = min(n_slices // (n_heads // heads), shares.shape[-1])
+    chosen = shares.topk(k, dim=-1, sorted=False).indices  # [B, lists of a sequence, Q, k]
+    return Selection(query_rows.gather(-1, chosen // n_pages).flatten(), (chosen % n_pages).flatten(), n_queries)

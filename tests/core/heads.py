@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvoffload.geometry import Geometry
+from kvoffload.index.base import KeyIndex, Padding
 from kvoffload.values import Fetched, Pages, Partial
 
 CPU = torch.device("cpu")
@@ -40,6 +41,13 @@ def fetch(pages: Pages, pairs: list[tuple[int, int]]) -> Fetched:
     return Fetched(pages.keys[rows, ids], pages.values[rows, ids], valid, rows, ids)
 
 
+def masses(query: Tensor, pages: Pages) -> Tensor:
+    """The true log masses of all pages for queries of each row, fp32 [rows * Q, R, P]: the scores of a perfect
+    selector."""
+    logits = torch.einsum("grd,gpsd->grps", query.view(pages.keys.shape[0], -1, query.shape[-1]), pages.keys.float())
+    return (logits + pages.log_valid()[:, None]).logsumexp(-1).view(*query.shape[:2], -1)
+
+
 def all_pairs(pages: Pages) -> list[tuple[int, int]]:
     return [(row, page) for row in range(pages.keys.shape[0]) for page in range(pages.n_pages)]
 
@@ -56,9 +64,58 @@ def softmax_over(query: Tensor, pages: Pages, pairs: list[tuple[int, int]]) -> P
     return Partial((weights @ values).float(), lse.float())
 
 
+class ExactIndex(KeyIndex):
+    """An index without error: it keeps the keys."""
+
+    def __init__(self) -> None:
+        self.device = CPU
+        self.reset()
+
+    def reset(self, sample=None) -> None:
+        self._runs: list[Tensor] = []
+        self._padding = Padding()
+        self.n_tokens = 0
+
+    def absorb(self, pages: Pages) -> None:
+        self._padding.absorb(pages)
+        self._runs.append(pages.keys.float().flatten(1, 2).clone())
+        self.n_tokens += self._runs[-1].shape[1]
+
+    def logits(self, query: Tensor) -> Tensor:
+        return self._padding.mask(query @ self.keys(0, self.n_tokens).transpose(-1, -2))
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        return torch.cat(self._runs, 1)[:, start:stop]
+
+    @property
+    def index_bytes(self) -> int:
+        return sum(run.nbytes for run in self._runs)
+
+
+def indexed(completion):
+    """The completion with an index without error, which takes in every page just before it."""
+    completion.index = index = ExactIndex()
+    reset, absorb = completion.reset, completion.absorb
+    completion.reset = lambda anchor, **options: (index.reset(), reset(anchor, **options))
+    completion.absorb = lambda pages: (index.absorb(pages), absorb(pages))
+    return completion
+
+
 def kinds(union: object) -> list[type]:
     """The configuration classes of a discriminated union."""
     return list(get_args(get_args(union)[0]))
 
 
-__all__ = ["CPU", "all_pairs", "fetch", "geometry", "kinds", "random_pages", "random_query", "softmax_over"]
+__all__ = [
+    "CPU",
+    "ExactIndex",
+    "all_pairs",
+    "fetch",
+    "geometry",
+    "indexed",
+    "kinds",
+    "masses",
+    "random_pages",
+    "random_query",
+    "softmax_over",
+]

@@ -2,26 +2,48 @@
 
 import pytest
 import torch
-from heads import CPU, all_pairs, fetch, geometry, kinds, random_pages, random_query, softmax_over
-from safetensors.torch import save_file
+from heads import CPU, all_pairs, fetch, geometry, indexed, kinds, masses, random_pages, random_query, softmax_over
 from torch.testing import assert_close
 
 from kvoffload.completion import CompletionConfig
 from kvoffload.completion.anchored import AnchoredCompletionConfig
+from kvoffload.completion.centroids import CentroidsCompletionConfig
 from kvoffload.completion.exact import ExactCompletionConfig
 from kvoffload.completion.gated import ABSTAIN, GatedCompletion
+from kvoffload.completion.index_mass import IndexMassCompletionConfig
+from kvoffload.completion.mean_value import MeanValueCompletionConfig
+from kvoffload.completion.moments import MomentsCompletionConfig
 from kvoffload.completion.none import NoCompletionConfig
+from kvoffload.completion.page_mean import PageMeanCompletionConfig
 from kvoffload.completion.pages import PagesCompletionConfig
 from kvoffload.completion.phi import PhiCompletionConfig
+from kvoffload.completion.rank1 import Rank1CompletionConfig
 from kvoffload.values import Pages, Partial, merge
 
 EVERY = kinds(CompletionConfig)
-SUMMARIES = [kind for kind in EVERY if kind is not NoCompletionConfig]
-FIXED_SIZE = [AnchoredCompletionConfig, PhiCompletionConfig]
+SUMMARIES = [kind for kind in EVERY if kind not in (NoCompletionConfig, CentroidsCompletionConfig)]  # clustered by run
+FIXED_SIZE = [
+    AnchoredCompletionConfig,
+    IndexMassCompletionConfig,
+    MeanValueCompletionConfig,
+    MomentsCompletionConfig,
+    PhiCompletionConfig,
+    Rank1CompletionConfig,
+]
+FIRST_ORDER = [
+    AnchoredCompletionConfig,
+    CentroidsCompletionConfig,
+    ExactCompletionConfig,
+    IndexMassCompletionConfig,
+    MeanValueCompletionConfig,
+    PageMeanCompletionConfig,
+    PagesCompletionConfig,
+    Rank1CompletionConfig,
+]
 
 
 def built(kind, shape, pages, *, anchor=None, n_pages=None):
-    completion = kind().build(shape, 0, CPU)
+    completion = indexed(kind().build(shape, 0, CPU))
     anchor = torch.zeros(shape.rows, shape.key_dim) if anchor is None else anchor
     completion.reset(anchor, n_pages=pages.n_pages if n_pages is None else n_pages)
     completion.absorb(pages)
@@ -32,9 +54,9 @@ def built(kind, shape, pages, *, anchor=None, n_pages=None):
 @pytest.mark.parametrize("kind", EVERY)
 def test_nothing_remains_when_everything_was_fetched(kind, padded):
     shape = geometry()
-    pages = random_pages(shape, 37, padded=padded)
+    pages, query = random_pages(shape, 37, padded=padded), random_query(shape)
     completion = built(kind, shape, pages, anchor=torch.randn(shape.rows, shape.key_dim))
-    rest = completion.estimate(random_query(shape), fetch(pages, all_pairs(pages)))
+    rest = completion.estimate(query, fetch(pages, all_pairs(pages)), masses(query, pages))
     assert rest.lse.isneginf().all()
     assert not rest.output.isnan().any()
 
@@ -43,7 +65,8 @@ def test_nothing_remains_when_everything_was_fetched(kind, padded):
 def test_an_empty_remainder_leaves_the_merge_bit_identical(kind):
     shape = geometry()
     pages, query = random_pages(shape, 9), random_query(shape)
-    rest = built(kind, shape, pages).estimate(query, fetch(pages, all_pairs(pages)))
+    read = fetch(pages, all_pairs(pages))
+    rest = built(kind, shape, pages).estimate(query, read, masses(query, pages))
     exact = softmax_over(query, pages, all_pairs(pages))
     merged = merge([exact, rest])
     assert torch.equal(merged.output, exact.output)
@@ -51,14 +74,15 @@ def test_an_empty_remainder_leaves_the_merge_bit_identical(kind):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", [AnchoredCompletionConfig, PagesCompletionConfig, ExactCompletionConfig])
+@pytest.mark.parametrize("kind", FIRST_ORDER)
 def test_duplicated_keys_give_the_exact_remainder(kind, padded):
     """All tokens of a row share one key: every first-order summary is then exact, for any anchor and query."""
     shape = geometry()
     pages = random_pages(shape, 21, padded=padded)
     pages = Pages(pages.keys[:, :1, :1].expand_as(pages.keys).clone(), pages.values, pages.valid)
     query, read = random_query(shape), [(0, 3), (0, 4), (1, 20)]
-    rest = built(kind, shape, pages, anchor=random_query(shape, 5)[:, 0]).estimate(query, fetch(pages, read))
+    completion = built(kind, shape, pages, anchor=random_query(shape, 5)[:, 0])
+    rest = completion.estimate(query, fetch(pages, read), masses(query, pages))
     expected = softmax_over(query, pages, sorted(set(all_pairs(pages)) - set(read)))
     assert_close(rest.lse, expected.lse, atol=1e-4, rtol=1e-5)
     assert_close(rest.output, expected.output, atol=1e-4, rtol=1e-4)
@@ -71,7 +95,8 @@ def test_tilted_sums_are_exact_at_the_anchor(kind):
     pages = random_pages(shape, 40, padded=True)
     anchor = random_query(shape)[:, 0]
     read = [(0, 2), (0, 39), (1, 7)]
-    rest = built(kind, shape, pages, anchor=anchor).estimate(anchor[:, None], fetch(pages, read))
+    completion, query = built(kind, shape, pages, anchor=anchor), anchor[:, None]
+    rest = completion.estimate(query, fetch(pages, read), masses(query, pages))
     expected = softmax_over(anchor[:, None], pages, sorted(set(all_pairs(pages)) - set(read)))
     assert_close(rest.lse, expected.lse, atol=1e-4, rtol=1e-5)
     assert_close(rest.output, expected.output, atol=1e-4, rtol=1e-4)
@@ -80,7 +105,7 @@ def test_tilted_sums_are_exact_at_the_anchor(kind):
 def test_the_exact_completion_equals_softmax_over_the_remainder():
     shape = geometry()
     pages, query, read = random_pages(shape, 11, padded=True), random_query(shape), [(0, 0), (1, 5), (1, 6)]
-    rest = built(ExactCompletionConfig, shape, pages).estimate(query, fetch(pages, read))
+    rest = built(ExactCompletionConfig, shape, pages).estimate(query, fetch(pages, read), masses(query, pages))
     expected = softmax_over(query, pages, sorted(set(all_pairs(pages)) - set(read)))
     assert_close(rest.lse, expected.lse, atol=1e-5, rtol=1e-5)
     assert_close(rest.output, expected.output, atol=1e-5, rtol=1e-5)
@@ -92,43 +117,10 @@ def test_dropping_the_remainder_errs_by_the_dropped_mass():
     pages, query, read = random_pages(shape, 11), random_query(shape), [(0, 0), (1, 5), (1, 6)]
     rest = sorted(set(all_pairs(pages)) - set(read))
     kept, left, dense = (softmax_over(query, pages, pairs) for pairs in (read, rest, all_pairs(pages)))
-    plain = merge([kept, built(NoCompletionConfig, shape, pages).estimate(query, fetch(pages, read))])
+    nothing = built(NoCompletionConfig, shape, pages).estimate(query, fetch(pages, read), masses(query, pages))
+    plain = merge([kept, nothing])
     dropped = (left.lse - dense.lse).exp()[..., None]
     assert_close(plain.output - dense.output, dropped * (kept.output - left.output), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_phi_is_the_linear_attention_over_the_unread_tokens(tmp_path, padded):
-    """With any map the state minus the fetched terms equals the sum of phi(q) . phi(k) over the unread tokens, one by
-    one."""
-    shape = geometry()
-    pages, query, read, m = random_pages(shape, 11, padded=padded), random_query(shape), [(0, 0), (1, 5), (1, 6)], 5
-    generator = torch.Generator().manual_seed(3)
-    tensors = {
-        "layers.0.key.weight": torch.randn(2, m, 8, generator=generator),
-        "layers.0.key.bias": torch.randn(2, m, generator=generator),
-        "layers.0.query.weight": torch.randn(2, 3, m, 8, generator=generator),
-        "layers.0.query.bias": torch.randn(2, 3, m, generator=generator),
-    }
-    save_file(tensors, tmp_path / "phi.safetensors")
-    completion = PhiCompletionConfig(map=tmp_path / "phi.safetensors").build(shape, 0, CPU)
-    completion.absorb(pages)
-    rest = completion.estimate(query, fetch(pages, read))
-    for row in range(2):
-        for head in range(3):
-            w, b = tensors["layers.0.query.weight"][row, head], tensors["layers.0.query.bias"][row, head]
-            phi_q = (w @ query[row, head] + b).exp().double()
-            mass, total = 0.0, torch.zeros(16, dtype=torch.float64)
-            for page in range(11):
-                for token in range(4):
-                    counts = pages.valid is None or bool(pages.valid[row, page, token])
-                    if (row, page) in read or not counts:
-                        continue
-                    key = tensors["layers.0.key.weight"][row] @ pages.keys[row, page, token]
-                    a = phi_q @ (key + tensors["layers.0.key.bias"][row]).exp().double()
-                    mass, total = mass + a, total + a * pages.values[row, page, token]
-            assert_close(rest.lse[row, head], mass.log().float(), atol=1e-4, rtol=1e-4)
-            assert_close(rest.output[row, head], (total / mass).float(), atol=1e-3, rtol=1e-3)
 
 
 def test_random_features_estimate_the_exponential_kernel_without_bias():
@@ -140,7 +132,7 @@ def test_random_features_estimate_the_exponential_kernel_without_bias():
     completion = PhiCompletionConfig(features=65536).build(shape, 0, CPU)
     completion.reset(random_query(shape, 9)[:, 0] * 0.3)
     completion.absorb(pages)
-    rest = completion.estimate(query, fetch(pages, []))
+    rest = completion.estimate(query, fetch(pages, []), masses(query, pages))
     assert_close(rest.lse, softmax_over(query, pages, all_pairs(pages)).lse, atol=0.02, rtol=0)
 
 
@@ -163,7 +155,7 @@ def test_pages_absorbed_one_by_one_equal_pages_absorbed_at_once(kind):
     for page in range(1, 50):
         one_by_one.absorb(pages.run(page, page + 1))
     read = fetch(pages, [(0, 0), (0, 1), (0, 49), (1, 30)])
-    a, b = at_once.estimate(query, read), one_by_one.estimate(query, read)
+    a, b = (completion.estimate(query, read, masses(query, pages)) for completion in (at_once, one_by_one))
     assert_close(a.lse, b.lse, atol=1e-4, rtol=1e-4)
     assert_close(a.output, b.output, atol=1e-4, rtol=1e-4)
 
@@ -177,7 +169,7 @@ def test_segments_merge_while_the_context_grows_and_stay_exact_at_the_anchor():
     for start in range(0, 200, 3):
         completion.absorb(pages.run(start, min(start + 3, 200)))
     read = [(0, 0), (0, 199), (1, 55)]
-    rest = completion.estimate(anchor[:, None], fetch(pages, read))
+    rest = completion.estimate(anchor[:, None], fetch(pages, read), masses(anchor[:, None], pages))
     expected = softmax_over(anchor[:, None], pages, sorted(set(all_pairs(pages)) - set(read)))
     assert_close(rest.lse, expected.lse, atol=1e-4, rtol=1e-5)
     assert_close(rest.output, expected.output, atol=1e-4, rtol=1e-4)
@@ -191,8 +183,8 @@ def test_a_gate_that_abstains_is_plain_top_k_bit_for_bit():
     gate.absorb(pages)
     gate.choice = torch.tensor([[ABSTAIN, 1, ABSTAIN], [1, ABSTAIN, 1]])
     kept = softmax_over(query, pages, read)
-    merged = merge([kept, gate.estimate(query, fetch(pages, read))])
-    alone = merge([kept, built(PagesCompletionConfig, shape, pages).estimate(query, fetch(pages, read))])
+    alone = built(PagesCompletionConfig, shape, pages)
+    merged, alone = (merge([kept, c.estimate(query, fetch(pages, read), masses(query, pages))]) for c in (gate, alone))
     abstains = gate.choice == ABSTAIN
     assert torch.equal(merged.output[abstains], kept.output[abstains])
     assert torch.equal(merged.output[~abstains], alone.output[~abstains])

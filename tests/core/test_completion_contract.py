@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from heads import CPU, all_pairs, fetch, geometry, kinds, random_pages, random_query
-from pydantic import ValidationError
-from safetensors.torch import save_file
+from heads import CPU, all_pairs, fetch, geometry, indexed, kinds, masses, random_pages, random_query
 from torch.testing import assert_close
 
 from kvoffload.completion import CompletionConfig
@@ -21,11 +19,16 @@ EVERY = kinds(CompletionConfig)
 
 
 def built(config, shape, *runs, n_pages=0):
-    completion = config.build(shape, 0, CPU)
+    completion = indexed(config.build(shape, 0, CPU))
     completion.reset(torch.zeros(shape.rows, shape.key_dim), n_pages=n_pages)
     for pages in runs:
         completion.absorb(pages)
     return completion
+
+
+def estimate(completion, query, pages, read):
+    """With a perfect selector's scores, and the (row, page) pairs of ``read`` fetched."""
+    return completion.estimate(query, fetch(pages, read), masses(query, pages))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,19 +41,11 @@ def test_the_planned_bytes_are_those_of_the_built_state(kind, dtype):
     assert completion.state_bytes == shape.rows * planned
 
 
-def test_the_planned_bytes_of_a_calibrated_map_are_those_of_its_features(tmp_path):
-    shape, m = geometry(), 5
-    tensors = {"layers.0.key.weight": torch.zeros(2, m, 8), "layers.0.key.bias": torch.zeros(2, m)}
-    tensors |= {"layers.0.query.weight": torch.zeros(2, 3, m, 8), "layers.0.query.bias": torch.zeros(2, 3, m)}
-    save_file(tensors, tmp_path / "phi.safetensors")
-    config = PhiCompletionConfig(map=tmp_path / "phi.safetensors")
-    assert built(config, shape).state_bytes == shape.rows * config.index_bytes(128, 8, 16, 4, 4)
-
-
 @pytest.mark.parametrize("kind", EVERY)
 def test_without_pages_there_is_no_remainder(kind):
     shape = geometry()
-    rest = built(kind(), shape).estimate(random_query(shape), fetch(random_pages(shape, 3), []))
+    none = random_pages(shape, 3).run(0, 0)
+    rest = estimate(built(kind(), shape), random_query(shape), none, [])
     assert (rest.output.shape, rest.lse.shape) == ((2, 3, 16), (2, 3))
     assert rest.lse.isneginf().all()
     assert not rest.output.any()
@@ -61,23 +56,42 @@ def test_an_estimate_changes_nothing_in_the_state(kind):
     shape = geometry()
     pages, query = random_pages(shape, 40), random_query(shape)
     completion = built(kind(), shape, pages, n_pages=40)
-    before = completion.estimate(query, fetch(pages, []))
-    completion.estimate(random_query(shape, 9), fetch(pages, all_pairs(pages)[::2]))
-    after = completion.estimate(query, fetch(pages, []))
+    before = estimate(completion, query, pages, [])
+    estimate(completion, random_query(shape, 9), pages, all_pairs(pages)[::2])
+    after = estimate(completion, query, pages, [])
     assert torch.equal(after.lse, before.lse)
     assert torch.equal(after.output, before.output)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", EVERY)
+def test_several_queries_of_a_row_are_estimated_as_if_each_came_alone(kind, padded):
+    shape, n_queries = geometry(), 3
+    pages = random_pages(shape, 40, padded=padded)
+    completion = built(kind(), shape, pages, n_pages=40)
+    queries = [random_query(shape, seed) for seed in range(n_queries)]
+    reads = [[(0, 3), (0, 39), (1, 3)], [], [(0, 3), (1, 7)]]
+    rows, ids = torch.tensor([(r * n_queries + i, p) for i, read in enumerate(reads) for r, p in read]).T.contiguous()
+    valid = None if pages.valid is None else pages.valid[rows // n_queries, ids]
+    slices = (pages.keys[rows // n_queries, ids], pages.values[rows // n_queries, ids])
+    together = torch.stack(queries, 1).flatten(0, 1)
+    given = completion.estimate(together, Fetched(*slices, valid, rows, ids), masses(together, pages))
+    for i, (query, read) in enumerate(zip(queries, reads, strict=True)):
+        expected = estimate(completion, query, pages, read)
+        assert_close(given.lse[i::n_queries], expected.lse, atol=1e-5, rtol=1e-5)
+        assert_close(given.output[i::n_queries], expected.output, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_absorbed_tensors_are_not_kept(kind):
     shape = geometry()
     pages, query = random_pages(shape, 10), random_query(shape)
-    none = fetch(pages, [])
+    none, scores = fetch(pages, []), masses(query, pages)
     completion = built(kind(), shape, pages, n_pages=10)
-    before = completion.estimate(query, none)
+    before = completion.estimate(query, none, scores)
     for tensor in (pages.keys, pages.values):
         tensor.fill_(float("nan"))
-    assert torch.equal(completion.estimate(query, none).lse, before.lse)
+    assert torch.equal(completion.estimate(query, none, scores).lse, before.lse)
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -87,8 +101,8 @@ def test_a_reset_forgets_every_page(kind):
     completion = built(kind(), shape, random_pages(shape, 40, seed=4), n_pages=40)
     completion.reset(torch.zeros(shape.rows, shape.key_dim), n_pages=20)
     completion.absorb(pages)
-    read = fetch(pages, [(0, 3), (1, 19)])
-    given, expected = (c.estimate(query, read) for c in (completion, built(kind(), shape, pages, n_pages=20)))
+    fresh = built(kind(), shape, pages, n_pages=20)
+    given, expected = (estimate(c, query, pages, [(0, 3), (1, 19)]) for c in (completion, fresh))
     assert torch.equal(given.lse, expected.lse)
     assert torch.equal(given.output, expected.output)
 
@@ -100,7 +114,7 @@ def test_what_stands_at_padding_changes_no_estimate(kind):
     outside = ~pages.valid[..., None]
     wild = Pages(pages.keys.masked_fill(outside, 30.0), pages.values.masked_fill(outside, 1e6), pages.valid)
     read = [(0, 1), (0, 7), (1, 0)]
-    given, expected = (built(kind(), shape, p, n_pages=20).estimate(query, fetch(p, read)) for p in (wild, pages))
+    given, expected = (estimate(built(kind(), shape, p, n_pages=20), query, p, read) for p in (wild, pages))
     assert_close(given.lse, expected.lse, atol=1e-4, rtol=1e-4)
     assert_close(given.output, expected.output, atol=1e-4, rtol=1e-4)
 
@@ -108,15 +122,10 @@ def test_what_stands_at_padding_changes_no_estimate(kind):
 def test_the_exact_completion_caps_its_logits():
     shape = Geometry(1, 2, 3, 8, 16, 4, torch.float32, 1.0, softcap=2.0)
     pages, query = random_pages(shape, 7), random_query(shape)
-    rest = built(ExactCompletionConfig(), shape, pages).estimate(query, fetch(pages, []))
+    rest = estimate(built(ExactCompletionConfig(), shape, pages), query, pages, [])
     logits = 2.0 * (torch.einsum("grd,gpsd->grps", query, pages.keys).flatten(2).double() / 2.0).tanh()
     assert_close(rest.lse, logits.logsumexp(-1).float(), atol=1e-5, rtol=1e-5)
     assert_close(rest.output, (logits.softmax(-1) @ pages.values.flatten(1, 2).double()).float(), atol=1e-5, rtol=1e-5)
-
-
-def test_a_map_that_is_no_file_is_refused(tmp_path):
-    with pytest.raises(ValidationError, match="map must be a safetensors file"):
-        PhiCompletionConfig(map=tmp_path / "missing.safetensors")
 
 
 def test_large_logits_do_not_overflow_a_summary():
@@ -125,10 +134,10 @@ def test_large_logits_do_not_overflow_a_summary():
     loud = Pages(pages.keys * 40, pages.values, None)
     anchor = random_query(shape)[:, 0]
     for config in (AnchoredCompletionConfig(), PagesCompletionConfig()):
-        completion = config.build(shape, 0, CPU)
+        completion = indexed(config.build(shape, 0, CPU))
         completion.reset(anchor, n_pages=12)
         completion.absorb(loud)
-        rest = completion.estimate(anchor[:, None], fetch(loud, []))
+        rest = estimate(completion, anchor[:, None], loud, [])
         exact = torch.einsum("gd,gpsd->gps", anchor.double(), loud.keys.double()).flatten(1).logsumexp(-1)
         assert exact.abs().max() > 100  # e^100 is beyond fp32
         assert_close(rest.lse[:, 0], exact.float(), atol=1e-3, rtol=1e-5)
@@ -136,7 +145,7 @@ def test_large_logits_do_not_overflow_a_summary():
 
 def gate_over(*configs):
     shape = geometry()
-    return shape, GatedCompletion([c.build(shape, 0, CPU) for c in configs], shape.value_dim)
+    return shape, GatedCompletion([indexed(c.build(shape, 0, CPU)) for c in configs], shape.value_dim)
 
 
 def test_a_gate_takes_each_heads_choice_among_several():
@@ -145,10 +154,10 @@ def test_a_gate_takes_each_heads_choice_among_several():
     gate.reset(torch.zeros(shape.rows, shape.key_dim), n_pages=12)
     gate.absorb(pages)
     gate.choice = torch.tensor([[2, 1, 0], [0, 2, 2]])
-    read = fetch(pages, [(0, 0), (1, 3)])
-    given = gate.estimate(query, read)
+    read = [(0, 0), (1, 3)]
+    given = estimate(gate, query, pages, read)
     options = [
-        built(c, shape, pages, n_pages=12).estimate(query, read)
+        estimate(built(c, shape, pages, n_pages=12), query, pages, read)
         for c in (PagesCompletionConfig(), ExactCompletionConfig())
     ]
     for row in range(2):
@@ -163,12 +172,12 @@ def test_a_gate_abstains_until_it_is_set_and_after_a_reset():
     shape, gate = gate_over(ExactCompletionConfig())
     pages, query = random_pages(shape, 12), random_query(shape)
     gate.absorb(pages)
-    assert gate.estimate(query, fetch(pages, [])).lse.isneginf().all()
+    assert estimate(gate, query, pages, []).lse.isneginf().all()
     gate.choice = torch.ones(2, 3, dtype=torch.int64)
-    assert gate.estimate(query, fetch(pages, [])).lse.isfinite().all()
+    assert estimate(gate, query, pages, []).lse.isfinite().all()
     gate.reset(torch.zeros(shape.rows, shape.key_dim))
     gate.absorb(pages)
-    assert gate.estimate(query, fetch(pages, [])).lse.isneginf().all()
+    assert estimate(gate, query, pages, []).lse.isneginf().all()
 
 
 def test_a_gate_is_charged_for_every_candidate():

@@ -203,7 +203,8 @@ def test_the_uniform_control_reads_the_same_pages_whatever_the_query():
     selections = []
     for i in (0, 1):
         q = 3 * query[:, :, i]
-        chosen = layer.select(q, decode_module.anchor_logits(layer, q).logsumexp(-1))
+        logits = decode_module.anchor_logits(layer, q, layer.anchors.seen(1))
+        chosen, _ = layer.select(q, logits.logsumexp(-1))
         selections.append(set(zip(chosen.row_ids.tolist(), chosen.page_ids.tolist(), strict=True)))
     assert selections[0] == selections[1]
 
@@ -277,6 +278,59 @@ def forced(layer, choice, query):
         return decode(layer, query, None, None).output
     finally:
         layer.gate.choice, layer.append = kept, append
+
+
+def test_a_recheck_takes_the_least_error_on_the_newest_queries():
+    settings = config(
+        completion="anchored:segments=2+phi+pages", gate=True, budget="10%", gate_recheck=16, gate_queries=6
+    )
+    layer = new_layer(settings)
+    shape = layer.geometry
+    query, keys, values = tokens(shape, 112)
+    take_in(layer, query[:, :, :90], keys[:, :90], values[:, :90])
+    for i in range(90, 106):
+        layer.gate.choice = torch.zeros(shape.rows, shape.group_size, dtype=torch.int64)
+        decode(layer, query[:, :, i], keys[:, i : i + 1], values[:, i : i + 1])
+    rechecked, layer.upkeep = layer.gate.choice, ()
+    exact = dense(shape, query[:, :, :106], keys[:, :106], values[:, :106], first=106).output
+    errors = torch.zeros(4, shape.rows, shape.group_size)
+    for choice in range(4):
+        for i in range(100, 106):
+            errors[choice] += (forced(layer, choice, query[:, :, i]) - exact[:, :, i]).norm(dim=-1)
+    best, second = errors.sort(0).values[:2]
+    assert ((second - best) > 1e-5).all()
+    assert torch.equal(rechecked, errors.argmin(0))
+
+
+def test_a_recheck_is_read_and_counted_as_decode_reads():
+    layers = [new_layer(config(completion="pages", gate=True, gate_recheck=n, gate_queries=6)) for n in ("off", 16)]
+    for layer in layers:
+        query, keys, values = tokens(layer.geometry, 110)
+        take_in(layer, query[:, :, :90], keys[:, :90], values[:, :90])
+        for i in range(90, 110):
+            decode(layer, query[:, :, i], keys[:, i : i + 1], values[:, i : i + 1])
+    without, checked = layers
+    n_pages, slices = (106 - 4 - 8) // 4, checked.budget(106)
+    recheck = n_pages * checked.store.shape.page_bytes + 6 * slices * checked.geometry.slice_bytes
+    assert checked.fetch.decode.total().cpu == without.fetch.decode.total().cpu + recheck
+    assert checked.fetch.prefill.total() == without.fetch.prefill.total()
+    assert checked.meter.steps == without.meter.steps
+
+
+@pytest.mark.parametrize(("margin", "expected"), [(0.0, [0, 2, 1]), (0.15, [0, 2, 0]), (0.4, [0, 0, 0])])
+def test_a_completion_must_beat_abstaining_by_the_margin(margin, expected):
+    """And where two are equal the first wins, abstaining before all."""
+    layer = new_layer(config(completion="anchored+pages", gate=True, gate_margin=margin))
+    errors = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.8, 0.9], [1.0, 0.7, 0.9]])[:, None]
+    layer.gate.choose(errors)
+    assert layer.gate.choice.tolist() == [expected]
+
+
+def test_the_gate_looks_at_as_many_queries_as_it_is_told():
+    layer = new_layer(config(completion="pages", gate=True, gate_queries=7))
+    take_in(layer, *tokens(layer.geometry, 90))
+    page_bytes, slices = layer.store.shape.page_bytes, layer.budget(90) * layer.geometry.slice_bytes
+    assert layer.fetch.prefill.total().cpu == 2 * layer.n_pages * page_bytes + 7 * slices  # summaries, truth, trials
 
 
 def test_setting_the_gate_leaves_the_decode_counts_alone():

@@ -3,26 +3,26 @@
 ``scripts/full-product`` runs all combinations.
 """
 
+import math
+
 import pytest
 from families import FAMILIES, dense, family_model, offloaded, prompt, relative_error
 
-from kvoffload.config import VARIANTS, RuntimeConfig
+from kvoffload.config import RuntimeConfig, pairs
 
-SELECTORS = list(VARIANTS["selector"])
-COMPLETIONS = list(VARIANTS["completion"])
+PAIRS = pairs()
 TIERS = ["none", "cpu", "nvme"]
 
 
 def covering_cases():
-    """Each family with each tier; selectors, completions, chunking, padding and page cache rotate beside them."""
-    n = 0
+    """Each family with each tier; pairs of a selector and a completion, chunking, padding and page cache rotate beside them."""
+    n, stride = 0, next(k for k in range(7, len(PAIRS)) if math.gcd(k, len(PAIRS)) == 1)
     for family in FAMILIES:
         for tier in TIERS:
             yield (
                 family,
                 tier,
-                SELECTORS[n % len(SELECTORS)],
-                COMPLETIONS[n % len(COMPLETIONS)],
+                *PAIRS[n * stride % len(PAIRS)],
                 (None, 7, 16)[n // 2 % 3],
                 (0, 5, 23)[n % 3],
                 ("off", "64KiB")[n // 3 % 2],
@@ -49,8 +49,7 @@ def test_full_budget_equals_dense(family, tier, selector, completion, chunk, pad
     assert (given.tokens == expected.tokens).all()
 
 
-@pytest.mark.parametrize("completion", COMPLETIONS)
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize(("selector", "completion"), PAIRS)
 def test_full_budget_equals_dense_for_every_selector_and_completion(selector, completion):
     model = family_model("llama")
     inputs = prompt(2, 53, 9)

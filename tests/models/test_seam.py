@@ -143,7 +143,11 @@ def test_a_model_in_bf16_stays_near_its_own_attention():
     inputs = prompt(2, 61, 9)
     expected = dense(model, inputs, 6)
     given, _ = offloaded(model, inputs, 6, RuntimeConfig(**SMALL))
-    assert relative_error(given, expected) < 6e-2
+    same = (given.tokens == expected.tokens)[:, -6:].int().cumprod(1).bool()
+    alike = torch.cat([torch.ones(2, 1, dtype=torch.bool), same[:, :-1]], 1)  # behind a near tie tokens may differ
+    assert alike.sum() > 6
+    error = (given.logits - expected.logits).abs().amax(-1)[alike.T]
+    assert error.max() < 6e-2 * expected.logits.abs().max()
 
 
 def test_beams_cannot_reorder_a_cache():

@@ -160,7 +160,7 @@ def test_with_the_index_on_the_device_it_is_resident_and_grows(open_session, ids
 def test_resident_bytes_are_the_parts_that_can_be_counted_by_hand(open_session, ids):
     stats = resident(open_session, ids, 500, index="cpu")
     anchors = (4 + 8 + 4) * TOKEN_BYTES
-    summary = 32 * (16 + 16 + 2) * 4
+    summary = 32 * (16 + 16 + 2) * 4 + (16 + 16) * 4  # and the sums of the newest segment, before rounding
     step = N_HEADS * 32 * TOKEN_BYTES  # one layer's pages at a time
     assert stats.resident_bytes == N_LAYERS * N_HEADS * (anchors + summary) + step
 
@@ -182,9 +182,22 @@ def test_a_gated_run_says_how_many_heads_abstain(open_session, ids, completion):
     stats = run(session, ids(300), 3)
     choices = [int(c) for layer in session.cache.offloaded for c in layer.gate.choice.flatten()]
     assert len(choices) == N_LAYERS * 4
-    assert stats.gate_abstains == pytest.approx(choices.count(0) / len(choices))
-    assert {"exact": stats.gate_abstains == 0.0, "none": stats.gate_abstains == 1.0}.get(completion, True)
+    assert stats.gate_abstain_share == pytest.approx(choices.count(0) / len(choices))
+    assert {"exact": stats.gate_abstain_share == 0.0, "none": stats.gate_abstain_share == 1.0}.get(completion, True)
 
 
 def test_without_a_gate_nothing_abstains(open_session, ids):
-    assert run(open_session(), ids(200), 3).gate_abstains is None
+    assert run(open_session(), ids(200), 3).gate_abstain_share is None
+
+
+@pytest.mark.parametrize("offload", ["cpu", "nvme"])
+def test_what_reanchoring_reads_is_told_apart_from_steps_and_prefill(open_session, ids, offload):
+    sessions = [open_session(reanchor=n, offload=offload, completion="pages") for n in (16, "off")]
+    anchored, plain = (run(session, ids(300), 30) for session in sessions)
+    refresh = total(anchored.refresh_bytes_read)
+    page_bytes = 4 * N_HEADS * TOKEN_BYTES
+    assert refresh >= N_LAYERS * (300 + 16 - 4 - 8) // 4 * page_bytes
+    assert total(plain.refresh_bytes_read) == 0
+    assert anchored.read_tokens_per_step == plain.read_tokens_per_step or offload == "nvme"  # runs of pages vary there
+    prefill = sum(m.cpu + m.nvme for m in (layer.fetch.prefill.total() for layer in sessions[0].cache.offloaded))
+    assert total(anchored.bytes_read) == total(anchored.decode_bytes_read) + prefill + refresh

@@ -1,0 +1,169 @@
+"""A fixed number of contiguous segments of tilted sums per row, from which fetched slices are taken out exactly
+(kernels/README.md, "Completion").
+
+A segment keeps the sums over its tokens of w, w k and w v with w = e^(q0 . k - c), q0 the prefill's mean query and c
+a row's largest exponent so far.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from kvoffload_kernels.completion.reference import remove_slices, tilted_sums
+from torch import Tensor
+
+from kvoffload.buffers import tensor_bytes
+from kvoffload.completion.base import per_query
+from kvoffload.geometry import Geometry
+from kvoffload.values import Fetched, Pages
+
+_UNUSED = torch.iinfo(torch.int64).max
+_EMPTY = 1e-6  # below this share of a segment's mass what is left is rounding (fp32 sums: 1e-7 per term)
+_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-6}  # below this share rounded sums say nothing of what is left
+_LN2 = math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Remainders:
+    """What is left of each segment: log mass fp32 [rows * Q, M] under the anchor (-inf where nothing is), whether any
+    token is left, and weighted mean keys and values, [rows * Q, M, D] and [rows * Q, M, Dv]."""
+
+    log_mass: Tensor
+    has_tokens: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Segments:
+    """A prefill's pages are shared out evenly. While generating, the newest segment takes pages until it is as long
+    as those; then the two neighbours with the fewest pages merge (sums just add) to make room for the next one.
+
+    Masses and token counts are fp32, the sums of keys and values ``dtype``. The newest segment is summed in fp32 and
+    rounded once; with a 16-bit ``dtype`` the scale c only takes powers of two, so that a new one rounds nothing.
+    Without ``keep_keys`` D is 0.
+    """
+
+    def __init__(
+        self,
+        n_segments: int,
+        geometry: Geometry,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        keep_keys: bool = True,
+    ) -> None:
+        self._n_segments, self._rows, self._device, self._dtype = n_segments, geometry.rows, device, dtype
+        self._sizes = [geometry.key_dim if keep_keys else 0, geometry.value_dim]
+        self.reset(torch.zeros(geometry.rows, geometry.key_dim, device=device))
+
+    def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
+        """Forget every page; ``anchor`` fp32 [rows, D] is scaled, ``n_pages`` how many come now."""
+        self.anchor = anchor
+        per_segment = (self._rows, self._n_segments)
+        self._mass, self._counts = (torch.zeros(per_segment, device=self._device) for _ in range(2))
+        self._sums = torch.zeros(*per_segment, sum(self._sizes), dtype=self._dtype, device=self._device)
+        self._newest = torch.zeros(self._rows, sum(self._sizes), device=self._device)
+        self._log_scale = torch.full((self._rows,), -torch.inf, device=self._device)
+        self._segment_pages = max(-(-n_pages // self._n_segments), 1)
+        self._lengths = [0]  # pages of each segment in use
+        self._ends = torch.full((self._n_segments,), _UNUSED, device=self._device)  # the page after each segment
+
+    def absorb(self, pages: Pages) -> None:
+        done = 0
+        while done < pages.n_pages:
+            done += self._absorb_into_last(pages, done)
+
+    def without(self, fetched: Fetched, query: Tensor) -> Remainders:
+        """The segments without the fetched slices, for queries [rows * Q, R, D]."""
+        shift, state = per_query(self._shift(), query), per_query(self._state(), query)
+        state_left = self._remove(state, per_query(self.anchor, query), shift, fetched)
+        mass, total = state_left[..., 0], state[..., 0]
+        has_tokens = state_left[..., -1] > 0.5
+        left = has_tokens & (mass > _EMPTY * total)
+        means = _means(state_left, torch.where(left, mass, 1.0))
+        whole = _means(state, torch.where(total > 0, total, 1.0))
+        means = torch.where((left & (mass > _ROUNDING[self._dtype] * total))[..., None], means, whole)
+        log_mass = torch.where(left, mass, 1.0).log() + shift[:, None]
+        return Remainders(log_mass.masked_fill(~left, -torch.inf), has_tokens, *means.split(self._sizes, dim=-1))
+
+    def of_pages(self, page_ids: Tensor) -> Tensor:
+        """The segment of each page."""
+        return torch.bucketize(page_ids, self._ends, right=True)
+
+    @property
+    def state_bytes(self) -> int:
+        return tensor_bytes(self._sums, self._mass, self._counts)
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.state_bytes + tensor_bytes(self._newest)
+
+    def _state(self) -> Tensor:
+        """Masses, sums and token counts side by side, fp32 [rows, M, 1 + D + Dv + 1]."""
+        return torch.cat([self._mass[..., None], self._sums.float(), self._counts[..., None]], dim=-1)
+
+    def _remove(self, state: Tensor, anchor: Tensor, shift: Tensor, fetched: Fetched) -> Tensor:
+        """The state without the fetched slices; all tensors in query rows."""
+        log_valid = fetched.log_valid()
+        logits = torch.einsum("fd,fsd->fs", anchor[fetched.row_ids], fetched.keys.float()) + log_valid
+        sums = self._tilted(fetched.keys, fetched.values, logits - shift[fetched.row_ids][:, None])
+        n_tokens = log_valid.exp().sum(-1, keepdim=True)
+        return remove_slices(state, torch.cat([sums, n_tokens], -1), fetched.row_ids, self.of_pages(fetched.page_ids))
+
+    def _tilted(self, keys: Tensor, values: Tensor, log_weight: Tensor) -> Tensor:
+        return tilted_sums(keys[..., : self._sizes[0]], values, log_weight)
+
+    def _shift(self) -> Tensor:
+        return self._log_scale.masked_fill(self._log_scale.isneginf(), 0.0)
+
+    def _rescale(self, logits: Tensor) -> None:
+        """Express the sums relative to the largest exponent, these [rows, n] counted in."""
+        largest = logits.amax(1)
+        if self._dtype != torch.float32:
+            largest = (largest / _LN2).ceil() * _LN2
+        log_scale = torch.maximum(self._log_scale, largest)
+        factor = (self._log_scale - log_scale.masked_fill(log_scale.isneginf(), 0.0)).exp()
+        self._mass *= factor[:, None]
+        self._sums *= factor[:, None, None]
+        self._newest *= factor[:, None]
+        self._log_scale = log_scale
+
+    def _absorb_into_last(self, pages: Pages, start: int) -> int:
+        """Add pages from ``start`` on to the newest segment while it has room; returns how many."""
+        if self._lengths[-1] >= self._segment_pages:
+            self._open_segment()
+        last = len(self._lengths) - 1
+        taken = pages.run(start, min(start + self._segment_pages - self._lengths[-1], pages.n_pages))
+        logits = torch.einsum("gd,gpsd->gps", self.anchor, taken.keys.float()) + taken.log_valid()
+        self._rescale(logits.flatten(1))
+        flat = taken.keys.flatten(1, 2), taken.values.flatten(1, 2), (logits - self._shift()[:, None, None]).flatten(1)
+        sums = self._tilted(*flat)
+        self._mass[:, last] += sums[:, 0]
+        self._newest += sums[:, 1:]
+        self._sums[:, last] = self._newest.to(self._dtype)
+        self._counts[:, last] += taken.counts().sum(-1)
+        self._lengths[-1] += taken.n_pages
+        self._ends[last : last + 1].fill_(sum(self._lengths))  # no host round trip, as an item assignment would make
+        return taken.n_pages
+
+    def _open_segment(self) -> None:
+        if len(self._lengths) == self._n_segments:
+            self._merge_neighbours()
+        self._lengths.append(0)
+        self._newest.zero_()
+
+    def _merge_neighbours(self) -> None:
+        """The two neighbours with the fewest pages become one; the last place is free then."""
+        pairs = [a + b for a, b in zip(self._lengths, self._lengths[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        for state in (self._mass, self._sums, self._counts):
+            state[:, i] += state[:, i + 1]
+            state[:, i + 1 : -1] = state[:, i + 2 :].clone()
+            state[:, -1] = 0
+        self._ends[i:-1] = self._ends[i + 1 :].clone()
+        self._ends[-1:].fill_(_UNUSED)
+        self._lengths[i : i + 2] = [pairs[i]]
+
+
+def _means(state: Tensor, mass: Tensor) -> Tensor:
+    return state[..., 1:-1] / mass[..., None]

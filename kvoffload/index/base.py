@@ -1,0 +1,65 @@
+"""The contract of a token-level index: it restores every sealed key approximately, and scores queries against them."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from kvoffload.values import KeySample, Pages
+
+
+class KeyIndex(ABC):
+    """Approximate keys of one layer, N tokens in order. Pages come in order, each once; queries are fp32 [rows, H, D],
+    already scaled."""
+
+    device: torch.device
+    n_tokens: int
+
+    @abstractmethod
+    def reset(self, sample: KeySample | None = None) -> None:
+        """Forget every page; ``sample`` shows the keys that come and the queries that will ask."""
+
+    @abstractmethod
+    def absorb(self, pages: Pages) -> None:
+        """Take in the next sealed pages; the tensors are not kept."""
+
+    @abstractmethod
+    def logits(self, query: Tensor) -> Tensor:
+        """Approximate logits of every token, fp32 [rows, H, N]; -inf where a token does not count."""
+
+    @abstractmethod
+    def keys(self, start: int, stop: int) -> Tensor:
+        """Restored keys of tokens start .. stop - 1, fp32 [rows, stop - start, D]; anything finite for padding."""
+
+    @property
+    @abstractmethod
+    def index_bytes(self) -> int:
+        """Bytes that scoring all tokens reads."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes kept on ``device``."""
+        return self.index_bytes
+
+
+class Padding:
+    """How many tokens at the front of each row do not count, learnt from the pages."""
+
+    def __init__(self) -> None:
+        self._missing: Tensor | None = None  # int64 [rows, 1, 1]
+
+    def absorb(self, pages: Pages) -> None:
+        if pages.valid is not None:
+            missing = (~pages.valid).sum((1, 2))[:, None, None]
+            self._missing = missing if self._missing is None else self._missing + missing
+
+    def valid(self, n_tokens: int) -> Tensor | None:
+        """Which of the first ``n_tokens`` tokens count, bool [rows, 1, n]; None when all do."""
+        if self._missing is None:
+            return None
+        return torch.arange(n_tokens, device=self._missing.device) >= self._missing
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits [rows, H, N] with -inf at padding."""
+        valid = self.valid(logits.shape[-1])
+        return logits if valid is None else logits.masked_fill(~valid, -torch.inf)

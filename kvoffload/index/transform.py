@@ -1,0 +1,89 @@
+"""Transform-coded keys: rotated so that channels are uncorrelated and errors weigh as queries weigh them, then each
+channel at 4, 2, 1 or 0 bits by its variance (transform coding: Goyal, IEEE SPM 18(5), 2001; kernels/README.md)."""
+
+from dataclasses import dataclass
+
+import torch
+from kvoffload_kernels.transform_code.reference import Levels, decode, encode, fit, fit_levels, tier_widths
+from torch import Tensor
+
+from kvoffload.buffers import Growing, tensor_bytes
+from kvoffload.index.base import KeyIndex, Padding
+from kvoffload.values import KeySample, Pages
+
+FIT_TOKENS = 512
+"""With a sample of fewer keys, or none, keys stay as they are until there are so many of them."""
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A fitted transform: mean [rows, D] fp16, analysis fp32 and synthesis fp16 [rows, D, D'] with D' the channels that
+    have bits, and their levels; scoring reads all but the analysis."""
+
+    mean: Tensor
+    analysis: Tensor
+    synthesis: Tensor
+    levels: Levels
+
+
+class TransformIndex(KeyIndex):
+    """Codes of all tokens under one transform, fitted to a sample of the prefill, or else to the first ``FIT_TOKENS``
+    keys themselves."""
+
+    def __init__(self, bits: float, key_dim: int, device: torch.device) -> None:
+        self.device = device
+        self._widths = tier_widths(bits, key_dim)
+        self.reset()
+
+    def reset(self, sample: KeySample | None = None) -> None:
+        self._raw, self._codes = Growing(), Growing()
+        self._padding = Padding()
+        enough = sample is not None and sample.keys.shape[1] >= FIT_TOKENS
+        self._code = self._fit(sample) if sample is not None and enough else None
+        self.n_tokens = 0
+
+    def absorb(self, pages: Pages) -> None:
+        pages = pages.to(self.device)
+        self._padding.absorb(pages)
+        keys = pages.keys.flatten(1, 2)
+        self.n_tokens += keys.shape[1]
+        if self._code is None:
+            self._raw.append(keys)
+            if self.n_tokens < FIT_TOKENS:
+                return
+            keys, self._raw = self._raw.view, Growing()
+            valid = self._padding.valid(FIT_TOKENS)
+            self._code = self._fit(KeySample(keys[:, :FIT_TOKENS], None if valid is None else valid[:, 0]))
+        self._codes.append(encode(keys, self._code.mean, self._code.analysis, self._code.levels))
+
+    def logits(self, query: Tensor) -> Tensor:
+        if self._code is None:
+            logits = query @ self._raw.view.float().transpose(-1, -2)
+        else:
+            turned = query @ self._code.synthesis.float()
+            offset = query @ self._code.mean.float()[..., None]
+            logits = turned @ decode(self._codes.view, self._code.levels).transpose(-1, -2) + offset
+        return self._padding.mask(logits)
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        if self._code is None:
+            return self._raw.view[:, start:stop].float()
+        levels = decode(self._codes.view[:, start:stop], self._code.levels)
+        return levels @ self._code.synthesis.float().transpose(-1, -2) + self._code.mean.float()[:, None]
+
+    @property
+    def index_bytes(self) -> int:
+        fitted = 0 if self._code is None else tensor_bytes(self._code.mean, self._code.synthesis, *self._code.levels)
+        return self._raw.used_bytes + self._codes.used_bytes + fitted
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.index_bytes + (0 if self._code is None else tensor_bytes(self._code.analysis))
+
+    def _fit(self, sample: KeySample) -> _Code:
+        sample = sample.to(self.device)
+        mean, covariance = sample.moments()
+        mean = mean.half()
+        analysis, synthesis = (t[..., : sum(self._widths)].contiguous() for t in fit(covariance, sample.query_moment))
+        channels = (sample.keys.float() - mean.float()[:, None]) @ analysis
+        return _Code(mean, analysis, synthesis.half(), fit_levels(channels, sample.weights(), self._widths))

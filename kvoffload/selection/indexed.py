@@ -1,0 +1,38 @@
+"""A selector over a token-level index: the page score is the log-sum-exp of its tokens' approximate logits."""
+
+from torch import Tensor
+
+from kvoffload.index.base import KeyIndex
+from kvoffload.selection.base import Selector
+from kvoffload.values import KeySample, Pages
+
+
+class IndexedSelector(Selector):
+    """Scores pages of ``page_size`` tokens by whatever index it is given."""
+
+    index: KeyIndex
+
+    def __init__(self, index: KeyIndex, page_size: int, *, uses_sample: bool) -> None:
+        self.index, self.device, self.uses_sample = index, index.device, uses_sample
+        self._page_size = page_size
+
+    def reset(self, anchor: Tensor) -> None:
+        self.index.reset()
+
+    def fit(self, sample: KeySample) -> None:
+        self.index.reset(sample)
+
+    def absorb(self, pages: Pages) -> None:
+        self.index.absorb(pages)
+
+    def score(self, query: Tensor) -> Tensor:
+        logits = self.index.logits(query)
+        return logits.view(*logits.shape[:2], -1, self._page_size).logsumexp(-1)
+
+    @property
+    def index_bytes(self) -> int:
+        return self.index.index_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.index.resident_bytes
