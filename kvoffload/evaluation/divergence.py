@@ -1,4 +1,4 @@
-"""Teacher-forced divergence from dense attention: every step runs through the runtime, its logits are compared with
+"""Teacher-forced divergence from dense attention: every token goes through the runtime, its logits are compared with
 the model's."""
 
 from dataclasses import asdict, dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvoffload.config import RuntimeConfig
+from kvoffload.evaluation.teacher import teacher_forced
 from kvoffload.models.catalog import LoadedModel
 from kvoffload.models.self_test import own_attention, switch_attention
 from kvoffload.runtime.session import Session
@@ -37,7 +38,7 @@ class DivergenceTask:
     def __init__(self, loaded: LoadedModel, token_ids: list[int], *, n_steps: int, anchors: RuntimeConfig) -> None:
         self._loaded = loaded
         self._prompt, self._continuation = token_ids[:-n_steps], token_ids[-n_steps:]
-        self.dense = _dense_log_probabilities(loaded.model, token_ids, n_steps)
+        self.dense = dense_log_probabilities(loaded.model, token_ids, n_steps)
         self._prefilled = Session(loaded.model, loaded.tokenizer, anchors, expected_tokens=len(token_ids))
         self._prefilled.prefill(self._prompt)
 
@@ -45,11 +46,13 @@ class DivergenceTask:
         self._prefilled.close()
 
     def measure(self, config: RuntimeConfig) -> Divergence:
-        """One policy, stepped token by token."""
+        """One policy, fed token by token (several a forward where that is the same)."""
         expected = len(self._prompt) + len(self._continuation)
         with Session(self._loaded.model, self._loaded.tokenizer, config, expected_tokens=expected) as session:
             session.copy_prefill(self._prefilled)
-            given = torch.stack([session.step(token).log_softmax(-1) for token in self._continuation])
+            ids = torch.tensor([self._continuation])
+            blocks = teacher_forced(self._loaded.model, session.cache, ids)
+            given = torch.cat([logits[0].log_softmax(-1) for logits in blocks])
             return _compare(self.dense, given, session.stats())
 
 
@@ -67,7 +70,7 @@ def _compare(dense: Tensor, given: Tensor, stats: Stats) -> Divergence:
 
 
 @torch.inference_mode()
-def _dense_log_probabilities(model: Any, token_ids: list[int], n_steps: int) -> Tensor:
+def dense_log_probabilities(model: Any, token_ids: list[int], n_steps: int) -> Tensor:
     """The model's own attention over everything at once: fp32 [n_steps, vocabulary], after each continuation token."""
     before = switch_attention(model)
     model.set_attn_implementation(own_attention(model, before))

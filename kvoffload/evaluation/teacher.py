@@ -1,0 +1,43 @@
+"""Teacher forcing: a batch of given tokens through the runtime, many query rows a forward, each with its own
+selection."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvoffload.attention.prefill import prepare
+from kvoffload.models.cache import OffloadCache
+
+_CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}  # of all sequences together
+
+
+@torch.inference_mode()
+def prefill(model: Any, cache: OffloadCache, ids: Tensor) -> Tensor:
+    """Take in a batch of prompts int64 [B, N] of one length exactly, in chunks; logits fp32 [B, vocabulary] after
+    them. The cache is ready to decode then."""
+    size = cache.config.prefill_chunk or max(_CHUNK_TOKENS.get(model.device.type, 1024) // len(ids), 1)
+    with cache.prefilling():
+        for chunk in ids.to(model.device).split(size, dim=1):
+            logits: Tensor = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    for layer in cache.offloaded:
+        prepare(layer)
+    return logits[:, -1].float()
+
+
+@torch.inference_mode()
+def teacher_forced(model: Any, cache: OffloadCache, ids: Tensor, *, longest: int = 256) -> Iterator[Tensor]:
+    """Feed int64 [B, n] token by token under the budget, behind what the cache holds; gives the logits after each token
+    in order, in blocks fp32 [B, q, vocabulary].
+
+    A block is one forward. It equals q single steps, in its logits and in what the meter counts, and is as long as the
+    cache allows (``OffloadCache.run_length``), ``longest`` tokens at most.
+    """
+    ids, done = ids.to(model.device), 0
+    while done < ids.shape[1]:
+        n_tokens = cache.run_length(min(ids.shape[1] - done, longest))
+        with cache.decoding():
+            logits: Tensor = model(ids[:, done : done + n_tokens], past_key_values=cache, use_cache=True).logits
+        done += n_tokens
+        yield logits.float()

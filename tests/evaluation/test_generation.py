@@ -1,0 +1,104 @@
+"""Answers of a batch: at full budget those of the stock model, row by row, whatever the lengths beside them."""
+
+import pytest
+import torch
+
+from kvoffload.config import RuntimeConfig
+from kvoffload.evaluation.tasks.generation import answer, prefill_prompt
+from kvoffload.models.catalog import load_model, resolve
+from kvoffload.models.self_test import switch_attention
+
+SMALL = {"sinks": 4, "recent": 8, "page_size": 4, "self_test": False}
+LENGTHS = [150, 97, 3, 131]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model = load_model(resolve("tiny"), dtype="float32", device="cpu")
+    switch_attention(model.model)
+    return model
+
+
+def draw(n, seed):
+    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def policy(**fields):
+    return RuntimeConfig(**(SMALL | fields))
+
+
+@pytest.fixture
+def prefilled(loaded):
+    """Prefills of the given lengths, closed at the end."""
+    opened = []
+
+    def build(lengths, n_new=12, **fields):
+        fields = {"offload": "none", "selector": "uniform", "completion": "none"} | fields
+        new = [prefill_prompt(loaded, draw(n, seed=n), policy(**fields), max_new_tokens=n_new) for n in lengths]
+        opened.extend(new)
+        return new
+
+    yield build
+    for prompt in opened:
+        prompt.cache.close()
+
+
+def stock_answer(loaded, ids, n_new):
+    stock = load_model(resolve("tiny"), dtype="float32", device="cpu").model
+    new = stock.generate(torch.tensor([ids]), max_new_tokens=n_new, do_sample=False)[0, len(ids) :]
+    return loaded.tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu", "nvme"])
+def test_a_full_budget_gives_every_rows_dense_answer(loaded, prefilled, offload, tmp_path):
+    found = answer(loaded, prefilled(LENGTHS), policy(offload=offload, budget="100%", nvme_dir=tmp_path))
+    assert list(found.texts) == [stock_answer(loaded, draw(n, seed=n), 12) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("offload", ["cpu", "nvme"])
+def test_prefills_of_any_tier_can_be_joined(loaded, prefilled, offload, tmp_path):
+    sources = prefilled(LENGTHS, offload=offload, nvme_dir=tmp_path)
+    found = answer(loaded, sources, policy(budget="100%"))
+    assert found.texts == answer(loaded, prefilled(LENGTHS), policy(budget="100%")).texts
+
+
+def test_rows_of_one_length_answer_as_they_do_alone(loaded, prefilled):
+    """Without padding the pages are the same, so a tiny budget reads the same too."""
+    sources = prefilled([120, 120]) + prefilled([120])
+    sparse = policy(budget="20%", selector="bounds", completion="none", pool="none")
+    together, alone = answer(loaded, sources, sparse), answer(loaded, sources[:1], sparse)
+    assert together.texts == alone.texts * 3
+    assert together.cost.read_share == pytest.approx(alone.cost.read_share)
+
+
+def test_cells_leave_the_prefill_as_it_was(loaded, prefilled):
+    sources = prefilled(LENGTHS)
+    first = answer(loaded, sources, policy(budget="100%"))
+    answer(loaded, sources, policy(budget="5%", selector="uniform", completion="none"))
+    assert answer(loaded, sources, policy(budget="100%")).texts == first.texts
+
+
+def test_a_tiny_budget_reads_less_and_answers_otherwise(loaded, prefilled):
+    sources = prefilled([150, 131], n_new=24)
+    full = answer(loaded, sources, policy(budget="100%", completion="none"))
+    sparse = answer(loaded, sources, policy(budget="3%", selector="uniform", completion="none"))
+    assert sparse.cost.read_share < 0.05 * full.cost.read_share
+    assert sparse.texts != full.texts
+
+
+def test_a_row_ends_at_its_end_token_and_the_others_go_on(loaded, prefilled, monkeypatch):
+    sources = prefilled([97, 131])
+    whole = answer(loaded, sources, policy(budget="100%")).texts
+    ids = [loaded.tokenizer(text).input_ids for text in whole]
+    end = next(token for token in ids[0][1:] if token not in ids[1])
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", end)
+    cut = answer(loaded, sources, policy(budget="100%")).texts
+    assert cut == (loaded.tokenizer.decode(ids[0][: ids[0].index(end)]), whole[1])
+
+
+def test_rows_may_have_different_numbers_of_new_tokens(loaded, prefilled):
+    long, short = prefilled([97], n_new=9), prefilled([97], n_new=1)
+    found = answer(loaded, [*long, *short], policy(budget="100%"))
+    assert found.texts[0].startswith(found.texts[1])
+    assert found.texts == (stock_answer(loaded, draw(97, seed=97), 9), stock_answer(loaded, draw(97, seed=97), 1))
+    assert answer(loaded, short, policy()).cost.read_share == 0  # the first token is the prefill's
