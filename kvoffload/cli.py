@@ -12,7 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from kvoffload import flags
+from kvoffload.calibration import flags as calibration_flags
 from kvoffload.errors import KvoffloadError
+from kvoffload.evaluation import flags as sweep_flags
+from kvoffload.flags import flag
 
 _STORAGE_CODES = {"CapacityError": 3, "IntegrityError": 4}
 
@@ -26,99 +30,8 @@ app = typer.Typer(
 )
 
 
-def _flag(*names: str, help: str, default: str | bool = False) -> Any:
-    """An option whose default is told but not set."""
-    return typer.Option(*names, help=help, show_default=default)
-
-
-Model = Annotated[
-    str | None,
-    _flag("--model", "-m", help="Built-in name, folder, .gguf file or hub name."),
-]
-Revision = Annotated[str | None, _flag("--revision", help="Hub revision.")]
-TrustRemoteCode = Annotated[
-    bool | None,
-    _flag("--trust-remote-code/--no-trust-remote-code", help="Run code of the model's repository.", default="off"),
-]  # fmt: skip
-Dtype = Annotated[
-    str | None,
-    _flag("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.", default="auto"),
-]
-Device = Annotated[str | None, _flag("--device", help="auto, cpu, cuda or cuda:N.", default="auto")]
-
-Offload = Annotated[str | None, _flag("--offload", help="none, cpu or nvme.", default="cpu")]
-NvmeDir = Annotated[
-    Path | None,
-    _flag("--nvme-dir", help="Folder for page files.", default="a temporary folder, removed at exit"),
-]
-NvmeMax = Annotated[str | None, _flag("--nvme-max", help="Cap on page files, such as 200G.")]
-CpuMax = Annotated[str | None, _flag("--cpu-max", help="Cap on KV in host memory, such as 16G.")]
-Budget = Annotated[
-    str | None,
-    _flag("--budget", help="Read per step: 5% of the context, 2048 token-equivalents, or 16MiB.",
-          default="5%, or 100% with --offload none"),
-]  # fmt: skip
-Selector = Annotated[
-    str | None,
-    _flag("--selector", help="Which pages are read: quantized, bounds, mean, anchored, spread, exact or uniform; "
-          "options as in quantized:bits=4,group=64.", default="quantized"),
-]  # fmt: skip
-Completion = Annotated[
-    str | None,
-    _flag("--completion", help="What stands for the rest: anchored, none, phi, pages or exact; options as in "
-          "phi:features=128; with --gate several, joined by +.", default="anchored"),
-]  # fmt: skip
-Gate = Annotated[
-    bool | None,
-    _flag("--gate/--no-gate", help="Choose per head among the completions and abstaining.", default="off"),
-]
-Pool = Annotated[
-    str | None,
-    _flag("--pool", help="layer: one budget for all kv heads of a layer; none: one each.", default="layer"),
-]
-Sinks = Annotated[int | None, _flag("--sinks", help="First tokens kept on the device.", default="16")]
-Recent = Annotated[int | None, _flag("--recent", help="Newest tokens kept on the device.", default="64")]
-PageSize = Annotated[int | None, _flag("--page-size", help="Tokens a page, 4 to 256.", default="16")]
-Index = Annotated[str | None, _flag("--index", help="Where the index lives: device or cpu.", default="device")]
-GpuCache = Annotated[str | None, _flag("--gpu-cache", help="Size of the device's page cache, or off.", default="off")]
-PrefillChunk = Annotated[str | None, _flag("--prefill-chunk", help="Tokens a prefill chunk, or auto.", default="auto")]
-IoEngine = Annotated[str | None, _flag("--io-engine", help="threads, aiofiles or uring.", default="threads")]
-Direct = Annotated[str | None, _flag("--direct", help="Direct I/O: auto, on or off.", default="auto")]
-
-Prompt = Annotated[str | None, _flag("--prompt", "-p", help="The prompt; follows the file's text.")]
-PromptFile = Annotated[Path | None, _flag("--prompt-file", help="Text to begin with; - is stdin.")]
-System = Annotated[str | None, _flag("--system", help="System message.")]
-ChatTemplate = Annotated[
-    bool | None,
-    _flag("--chat-template/--no-chat-template", help="Use the tokenizer's chat template.", default="on"),
-]
-StrictContext = Annotated[
-    bool | None,
-    _flag("--strict-context/--no-strict-context", help="Refuse prompts beyond the model's context.", default="off"),
-]  # fmt: skip
-MaxNewTokens = Annotated[int | None, _flag("--max-new-tokens", help="Tokens to generate at most.", default="256")]
-Temperature = Annotated[float | None, _flag("--temperature", help="0 takes the likeliest token.", default="0")]
-TopP = Annotated[float | None, _flag("--top-p", help="Nucleus sampling.", default="1")]
-TopK = Annotated[int | None, _flag("--top-k", help="Sample among the K likeliest; 0 is all.", default="0")]
-Seed = Annotated[int | None, _flag("--seed", help="Seed of the sampling.", default="a new one")]
-Stop = Annotated[list[str] | None, _flag("--stop", help="Stop at this text; may be repeated.")]
-NumBeams = Annotated[int | None, _flag("--num-beams", help="Only 1 is supported.", default="1")]
-
-SelfTest = Annotated[
-    bool | None,
-    _flag("--self-test/--no-self-test", help="Compare the loaded model with its own attention first.", default="on"),
-]  # fmt: skip
-Config = Annotated[
-    Path | None,
-    _flag("--config", help="TOML file of defaults; KVOFFLOAD_* variables and flags go before it."),
-]
-Json = Annotated[bool, _flag("--json", help="One JSON object as the last line of stdout.")]
-Quiet = Annotated[bool | None, _flag("--quiet/--no-quiet", "-q", help="No progress, no statistics.", default="off")]
-PrintConfig = Annotated[bool, _flag("--print-config", help="Print the merged settings and leave.")]
-
-
 @app.callback(invoke_without_command=True)
-def _root(ctx: typer.Context, version: Annotated[bool, _flag("--version", help="Print the version.")] = False) -> None:
+def _root(ctx: typer.Context, version: Annotated[bool, flag("--version", help="Print the version.")] = False) -> None:
     if version:
         from kvoffload import __version__
 
@@ -132,18 +45,21 @@ def _root(ctx: typer.Context, version: Annotated[bool, _flag("--version", help="
 @app.command()
 def generate(
     ctx: typer.Context,
-    model: Model = None, revision: Revision = None, trust_remote_code: TrustRemoteCode = None,
-    dtype: Dtype = None, device: Device = None,
-    offload: Offload = None, nvme_dir: NvmeDir = None, nvme_max: NvmeMax = None, cpu_max: CpuMax = None,
-    budget: Budget = None, selector: Selector = None, completion: Completion = None, gate: Gate = None,
-    pool: Pool = None, sinks: Sinks = None, recent: Recent = None, page_size: PageSize = None,
-    index: Index = None, gpu_cache: GpuCache = None, prefill_chunk: PrefillChunk = None,
-    io_engine: IoEngine = None, direct: Direct = None,
-    prompt: Prompt = None, prompt_file: PromptFile = None, system: System = None, chat_template: ChatTemplate = None,
-    strict_context: StrictContext = None, max_new_tokens: MaxNewTokens = None, temperature: Temperature = None,
-    top_p: TopP = None, top_k: TopK = None, seed: Seed = None, stop: Stop = None, num_beams: NumBeams = None,
-    self_test: SelfTest = None, config: Config = None, json: Json = False, quiet: Quiet = None,
-    print_config: PrintConfig = False,
+    model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
+    dtype: flags.Dtype = None, device: flags.Device = None, offload: flags.Offload = None,
+    nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None, cpu_max: flags.CpuMax = None,
+    budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,
+    gate: flags.Gate = None, gate_queries: flags.GateQueries = None, gate_margin: flags.GateMargin = None,
+    gate_recheck: flags.GateRecheck = None, reanchor: flags.Reanchor = None, pool: flags.Pool = None,
+    layer_budgets: flags.LayerBudgets = None, sinks: flags.Sinks = None, recent: flags.Recent = None,
+    page_size: flags.PageSize = None, index: flags.Index = None, gpu_cache: flags.GpuCache = None,
+    prefill_chunk: flags.PrefillChunk = None, io_engine: flags.IoEngine = None, direct: flags.Direct = None,
+    prompt: flags.Prompt = None, prompt_file: flags.PromptFile = None, system: flags.System = None,
+    chat_template: flags.ChatTemplate = None, strict_context: flags.StrictContext = None,
+    max_new_tokens: flags.MaxNewTokens = None, temperature: flags.Temperature = None, top_p: flags.TopP = None,
+    top_k: flags.TopK = None, seed: flags.Seed = None, stop: flags.Stop = None, num_beams: flags.NumBeams = None,
+    self_test: flags.SelfTest = None, config: flags.Config = None, json: flags.Json = False, quiet: flags.Quiet = None,
+    print_config: flags.PrintConfig = False,
 ) -> None:  # fmt: skip
     """Generate text from a prompt; the text streams to stdout, everything else goes to stderr."""
     settings = _settings(ctx)
@@ -157,14 +73,15 @@ def generate(
 @app.command()
 def plan(
     ctx: typer.Context,
-    model: Model = None, revision: Revision = None, trust_remote_code: TrustRemoteCode = None,
-    dtype: Dtype = None, device: Device = None,
-    context: Annotated[str | None, _flag("--context", help="Tokens, such as 128k.", default="the model's")] = None,
+    model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
+    dtype: flags.Dtype = None, device: flags.Device = None,
+    context: Annotated[str | None, flag("--context", help="Tokens, such as 128k.", default="the model's")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 1,
-    offload: Offload = None, nvme_dir: NvmeDir = None, nvme_max: NvmeMax = None, cpu_max: CpuMax = None,
-    budget: Budget = None, selector: Selector = None, completion: Completion = None, gate: Gate = None,
-    sinks: Sinks = None, recent: Recent = None, page_size: PageSize = None, index: Index = None,
-    gpu_cache: GpuCache = None, config: Config = None, json: Json = False,
+    offload: flags.Offload = None, nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None,
+    cpu_max: flags.CpuMax = None, budget: flags.Budget = None, selector: flags.Selector = None,
+    completion: flags.Completion = None, gate: flags.Gate = None, layer_budgets: flags.LayerBudgets = None,
+    sinks: flags.Sinks = None, recent: flags.Recent = None, page_size: flags.PageSize = None, index: flags.Index = None,
+    gpu_cache: flags.GpuCache = None, config: flags.Config = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
     """Say what a context needs and whether it fits, before anything is allocated."""
     settings = _settings(ctx)
@@ -174,12 +91,56 @@ def plan(
 
 
 @app.command()
+def calibrate(
+    ctx: typer.Context,
+    data: calibration_flags.Data = None, out: calibration_flags.Out = Path("calibration.safetensors"),
+    model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
+    dtype: flags.Dtype = None, device: flags.Device = None, completion: calibration_flags.Completion = None,
+    by_layer: calibration_flags.ByLayer = False, budget: flags.Budget = None, selector: flags.Selector = None,
+    pool: flags.Pool = None, sinks: flags.Sinks = None, recent: flags.Recent = None, page_size: flags.PageSize = None,
+    context: calibration_flags.Context = None, sequences: calibration_flags.Sequences = None,
+    queries: calibration_flags.Queries = None, budgets: calibration_flags.Budgets = None,
+    features: calibration_flags.Features = None, family: calibration_flags.Family = None,
+    key_maps: calibration_flags.KeyMaps = None, steps: calibration_flags.Steps = None,
+    rate: calibration_flags.Rate = None, seed: calibration_flags.Seed = None,
+    host_max: calibration_flags.HostMax = None, config: flags.Config = None, json: flags.Json = False,
+    quiet: flags.Quiet = None,
+) -> None:  # fmt: skip
+    """Fit a completion to one model's heads on text, for --completion phi:file=OUT; or layers, for --layer-budgets."""
+    settings = _settings(ctx)
+    from kvoffload.calibration.command import run_calibrate
+
+    raise typer.Exit(run_calibrate(settings, ctx.params, data or [], out, sys.stdout, _console()))
+
+
+@app.command()
+def sweep(
+    ctx: typer.Context,
+    model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
+    task: sweep_flags.Task = None, text: sweep_flags.Text = None, texts: sweep_flags.Texts = None,
+    positions: sweep_flags.Positions = None, batch: sweep_flags.Batch = None, seed: sweep_flags.Seed = None,
+    contexts: sweep_flags.Contexts = None, budgets: sweep_flags.Budgets = None,
+    baseline_budgets: sweep_flags.BaselineBudgets = None, selectors: sweep_flags.Selectors = None,
+    completions: sweep_flags.Completions = None, pools: sweep_flags.Pools = None, methods: sweep_flags.Methods = None,
+    baseline: sweep_flags.Baseline = None, settings: sweep_flags.Set = None, offload: flags.Offload = None,
+    page_size: flags.PageSize = None, sinks: flags.Sinks = None, recent: flags.Recent = None, dtype: flags.Dtype = None,
+    device: flags.Device = None, shard: sweep_flags.Shard = None, plots: sweep_flags.Plots = None,
+    out: sweep_flags.Out = None, config: sweep_flags.SweepConfig = None, json: flags.Json = False,
+) -> None:  # fmt: skip
+    """Compare methods on one model and task: quality against what is read, from the real runtime."""
+    from kvoffload.evaluation.command import run_sweep
+
+    given = {name: value for name, value in ctx.params.items() if name not in ("settings", "config", "json")}
+    raise typer.Exit(run_sweep({**given, "set": settings}, config, sys.stdout, _console(), as_json=json))
+
+
+@app.command()
 def env(
     require: Annotated[
-        str, _flag("--require", help="Features that must be there: cuda, pinned, triton, o_direct, uring, aiofiles.")
+        str, flag("--require", help="Features that must be there: cuda, pinned, triton, o_direct, uring, aiofiles.")
     ] = "",
-    nvme_dir: NvmeDir = None,
-    json: Json = False,
+    nvme_dir: flags.NvmeDir = None,
+    json: flags.Json = False,
 ) -> None:
     """Say what this machine offers; exit code 1 if a required feature is missing."""
     from kvoffload.runtime import command
@@ -226,10 +187,10 @@ def _settings(ctx: typer.Context) -> Any:
     from kvoffload.settings import Settings, load_settings
 
     given = {name: value for name, value in ctx.params.items() if value not in (None, [], ())}
-    flags = {name: value for name, value in given.items() if name in Settings.model_fields}
+    known = {name: value for name, value in given.items() if name in Settings.model_fields}
     if ctx.params["json"]:
-        flags["output"] = "json"
-    return load_settings(flags, ctx.params["config"])
+        known["output"] = "json"
+    return load_settings(known, ctx.params["config"])
 
 
 def _console() -> Any:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from kvoffload.completion.calibrated import Calibration, write_calibration
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError, UsageError
+from kvoffload.layer_budgets import KIND, LADDER, curve_name
 from kvoffload.models.catalog import load_config, resolve
 from kvoffload.runtime import limits
 from kvoffload.runtime.limits import Limits, find_limits, free_disk_bytes, free_host_bytes
@@ -129,6 +131,21 @@ def test_a_page_cache_comes_beside_the_pages_of_one_layers_step() -> None:
     plan = plan_of(gpu_cache="1GiB")
     step = round(0.05 * 131072 * 512) * 8  # 512 bytes a token and kv head, eight kv heads, one layer at a time
     assert (need(plan, "page cache"), need(plan, "pages of a step")) == (("device", GIB), ("device", step))
+
+
+def test_the_layer_that_reads_most_decides_on_the_pages_of_a_step(tmp_path: Path) -> None:
+    file, curves = tmp_path / "b.safetensors", {curve_name(i): torch.zeros(len(LADDER)) for i in range(4)}
+    curves[curve_name(2)] = torch.tensor([8.0, 4.0, 2.0, 1.0, 1.0])
+    header = Calibration(
+        completion=KIND, model="tiny", weights="w", data="d", options={}, layers={layer: {} for layer in range(4)}
+    )
+    write_calibration(file, header, curves)
+    even, shared = (need(plan_of("tiny", context=8192, budget="128", **flags), "pages of a step") for flags in (
+        {}, {"layer_budgets": file},
+    ))  # fmt: skip
+    assert shared == (even[0], 2 * even[1])
+    full = plan_of("tiny", context=8192, budget="100%", layer_budgets=file)
+    assert need(full, "pages of a step") == need(plan_of("tiny", context=8192, budget="100%"), "pages of a step")
 
 
 @pytest.mark.parametrize(("budget", "tokens"), [("5%", 6553.6), ("2048", 2048), ("16MiB", 128), ("999999", 131072)])

@@ -1,6 +1,7 @@
 """Progress and statistics as people see them."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -28,7 +29,9 @@ def test_the_statistics_are_one_line_and_leave_out_what_was_not_measured() -> No
     unmeasured = Stats(
         prompt_tokens=1234, new_tokens=1, ttft_s=None, tpot_ms=None, budget_tokens=None, read_tokens_per_step=None,
         read_share=None, charged_tokens_per_step=None, charged_share=None, bytes_read=nothing,
-        decode_bytes_read=nothing, bytes_written=nothing, resident_bytes=2048, index_host_bytes=0,
-        completion_mass=None, hit_rate=None, gate_abstains=None,
+        decode_bytes_read=nothing, refresh_bytes_read=nothing, bytes_written=nothing, resident_bytes=2048,
+        index_host_bytes=0, completion_mass=None, hit_rate=None, gate_abstain_share=None,
     )  # fmt: skip
     assert statistics_line(unmeasured) == "1,234 prompt tok · 1 tok · resident 2 KiB"
+    gated = statistics_line(replace(unmeasured, gate_abstain_share=0.25))
+    assert gated == "1,234 prompt tok · 1 tok · 25% of heads abstain · resident 2 KiB"
