@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import dense, family_model, offloaded, prompt, relative_error
+from families import dense, family_model, offloaded, prompt
 from torch.testing import assert_close
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
