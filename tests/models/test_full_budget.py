@@ -15,7 +15,7 @@ TIERS = ["none", "cpu", "nvme"]
 
 
 def covering_cases():
-    """Each family with each tier; pairs of a selector and a completion, chunking, padding and page cache rotate beside them."""
+    """Each family with each tier; selector and completion pairs, chunking, padding and page cache rotate beside."""
     n, stride = 0, next(k for k in range(7, len(PAIRS)) if math.gcd(k, len(PAIRS)) == 1)
     for family in FAMILIES:
         for tier in TIERS:
