@@ -17,6 +17,7 @@ from kvoffload.completion.pages import PagesCompletionConfig
 from kvoffload.completion.phi import PhiCompletionConfig
 from kvoffload.completion.rank1 import Rank1CompletionConfig
 from kvoffload.completion.regression import RegressionCompletionConfig
+from kvoffload.completion.sketch import SketchCompletionConfig
 
 CompletionConfig = Annotated[
     RegressionCompletionConfig
@@ -30,6 +31,7 @@ CompletionConfig = Annotated[
     | Rank1CompletionConfig
     | MeanValueCompletionConfig
     | MomentsCompletionConfig
-    | IndexMassCompletionConfig,
+    | IndexMassCompletionConfig
+    | SketchCompletionConfig,
     Field(discriminator="kind"),
 ]

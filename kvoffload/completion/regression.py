@@ -20,12 +20,17 @@ from kvoffload.values import Fetched, Pages, Partial, by_row
 _REFIT_GROWTH = 1.125  # the fit is made anew when there are so many times more tokens
 
 
-class RegressionCompletionConfig(CompletionConfigBase):
-    """``ridge`` is added to the key covariance, as a share of its mean variance."""
+class RegressionConfigBase(CompletionConfigBase):
+    """``ridge`` is added to the features' covariance, as a share of its mean variance."""
 
-    kind: Literal["regression"] = "regression"
     ridge: float = Field(0.01, gt=0, allow_inf_nan=False)
     needs_index: ClassVar[bool] = True
+
+
+class RegressionCompletionConfig(RegressionConfigBase):
+    """Features are the restored keys."""
+
+    kind: Literal["regression"] = "regression"
 
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
         return RegressionCompletion(self.ridge, geometry, device)
@@ -44,47 +49,37 @@ class RegressionCompletion(Completion):
         self._ridge, self._geometry, self._device = ridge, geometry, device
         self.reset(torch.zeros(geometry.rows, geometry.key_dim, device=device))
 
+    @property
+    def _n_features(self) -> int:
+        return self._geometry.key_dim
+
+    def _features(self, start: int, stop: int) -> Tensor:
+        """What values are regressed on, of tokens start .. stop - 1: fp32 [rows, stop - start, F] on the index's
+        device."""
+        assert self.index is not None, "built without an index"
+        return self.index.keys(start, stop)
+
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
-        sizes, rows = self._geometry, self._geometry.rows
-        width = 1 + sizes.key_dim
-        self._anchor, self._centre = anchor, torch.zeros(rows, 1, sizes.key_dim, device=self._device)
+        rows, width, value_dim = self._geometry.rows, 1 + self._n_features, self._geometry.value_dim
+        self._anchor = anchor
+        self._centre = torch.zeros(rows, 1, self._n_features, device=self._device)
         self._log_scale = torch.full((rows,), -torch.inf, device=self._device)
-        # sums over tokens of w x^T (x, v) with x = (1, k - centre), for w = 1 and w = e^(q0 . k - log_scale)
-        self._moments = torch.zeros(2, rows, width, width + sizes.value_dim, device=self._device)
-        self._map = torch.zeros(rows, width, sizes.value_dim, device=self._device)
+        # sums over tokens of w x^T (x, v) with x = (1, features - centre), for w = 1 and w = e^(q0 . k - log_scale)
+        self._moments = torch.zeros(2, rows, width, width + value_dim, device=self._device)
+        self._map = torch.zeros(rows, width, value_dim, device=self._device)
         self._n_tokens = self._fitted_tokens = 0
 
     def absorb(self, pages: Pages) -> None:
-        assert self.index is not None, "built without an index"
-        n_tokens = pages.n_pages * self._geometry.page_size
-        keys = self.index.keys(self._n_tokens, self._n_tokens + n_tokens).to(self._device)
-        log_valid = pages.log_valid().flatten(1)
-        if self._n_tokens == 0:
-            valid = log_valid.exp()[..., None]
-            self._centre = (keys * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
-        logits = (keys @ self._anchor[..., None])[..., 0] + log_valid
-        self._rescale(torch.maximum(self._log_scale, logits.amax(-1)))
-        weights = torch.stack([log_valid.exp(), (logits - self._shift()[:, None]).exp()])
-        ones = torch.ones_like(keys[..., :1])
-        x = torch.cat([ones, keys - self._centre], -1)
-        self._moments += (x * weights[..., None]).mT @ torch.cat([x, pages.values.flatten(1, 2).float()], -1)
-        self._n_tokens += n_tokens
+        self._add(pages.values.flatten(1, 2).float(), pages.log_valid().flatten(1))
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         if self._n_tokens == 0:
             return Partial.empty(query, self._geometry.value_dim)
-        assert self.index is not None, "built without an index"
         if self._n_tokens >= self._fitted_tokens * _REFIT_GROWTH:
             self._fit()
-        rows, size = self._geometry.rows, self._geometry.page_size
-        logits = soft_cap(self.index.logits(by_row(query, rows).to(self.index.device)), self._geometry.softcap)
-        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], self._n_tokens // size).to(logits.device)
-        pages = logits.reshape(*query.shape[:2], -1, size).masked_fill(read[:, None, :, None], -torch.inf)
-        mean = Partial.weigh(pages.reshape(rows, -1, self._n_tokens), self.index.keys(0, self._n_tokens))
-        keys, lse = mean.output.to(query.device), mean.lse.to(query.device)
-        values = (keys - self._centre) @ self._map[:, 1:] + self._map[:, :1]
-        remainder = Partial(values.reshape(*query.shape[:2], -1), lse.reshape(query.shape[:2]))
-        return remainder.masked(~remainder.lse.isneginf())
+        mean = self._attend(query, fetched, self._features(0, self._n_tokens))
+        values = (by_row(mean.output, self._geometry.rows) - self._centre) @ self._map[:, 1:] + self._map[:, :1]
+        return Partial(values.reshape(*query.shape[:2], -1), mean.lse).masked(~mean.lse.isneginf())
 
     @property
     def state_bytes(self) -> int:
@@ -93,6 +88,32 @@ class RegressionCompletion(Completion):
     @property
     def resident_bytes(self) -> int:
         return tensor_bytes(self._map, self._moments, self._centre)
+
+    def _add(self, values: Tensor, log_valid: Tensor) -> None:
+        """Take the next tokens into the moments: values fp32 [rows, n, Dv], 0 or -inf [rows, n]."""
+        assert self.index is not None, "built without an index"
+        start, stop = self._n_tokens, self._n_tokens + values.shape[1]
+        keys, features = self.index.keys(start, stop).to(self._device), self._features(start, stop).to(self._device)
+        if start == 0:
+            valid = log_valid.exp()[..., None]
+            self._centre = (features * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
+        logits = (keys @ self._anchor[..., None])[..., 0] + log_valid
+        self._rescale(torch.maximum(self._log_scale, logits.amax(-1)))
+        weights = torch.stack([log_valid.exp(), (logits - self._shift()[:, None]).exp()])
+        x = torch.cat([torch.ones_like(features[..., :1]), features - self._centre], -1)
+        self._moments += (x * weights[..., None]).mT @ torch.cat([x, values], -1)
+        self._n_tokens = stop
+
+    def _attend(self, query: Tensor, fetched: Fetched, of_tokens: Tensor) -> Partial:
+        """The index's attention to what was not fetched, over something of every token [rows, N, F]: a partial [rows *
+        Q, R] on the query's device."""
+        assert self.index is not None, "built without an index"
+        rows, size, n_tokens = self._geometry.rows, self._geometry.page_size, of_tokens.shape[1]
+        logits = soft_cap(self.index.logits(by_row(query, rows).to(self.index.device)), self._geometry.softcap)
+        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], n_tokens // size).to(logits.device)
+        logits = logits.reshape(*query.shape[:2], -1, size).masked_fill(read[:, None, :, None], -torch.inf)
+        mean = Partial.weigh(logits.flatten(2), of_tokens)
+        return Partial(mean.output.to(query.device), mean.lse.to(query.device))
 
     def _shift(self) -> Tensor:
         return self._log_scale.masked_fill(self._log_scale.isneginf(), 0.0)
@@ -107,12 +128,18 @@ class RegressionCompletion(Completion):
         self._fitted_tokens = self._n_tokens
         tiny = torch.finfo(torch.float32).tiny
         moments = (self._moments / self._moments[..., :1, :1].clamp_min(tiny)).mean(0)
-        means = moments[:, :1]  # of (1, k, v)
-        centred = (moments - means[..., : moments.shape[1]].mT @ means)[:, 1:, 1:]
-        covariance, cross = centred.split([self._geometry.key_dim, self._geometry.value_dim], dim=-1)
-        size = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(tiny)[:, None, None]
-        ridge = self._ridge * size * torch.eye(self._geometry.key_dim, device=self._device)
-        root = torch.linalg.cholesky_ex(covariance + ridge).L
-        slope = torch.cholesky_solve(cross, root)
-        mean_keys, mean_values = means[..., 1:].split(list(cross.shape[-2:]), dim=-1)
-        self._map = torch.cat([mean_values - mean_keys @ slope, slope], dim=1)
+        self._map = least_squares(moments, self._ridge)
+
+
+def least_squares(moments: Tensor, ridge: float) -> Tensor:
+    """The affine map fp32 [rows, 1 + F, Dv] of features to values from mean moments [rows, 1 + F, 1 + F + Dv], of which
+    the first row are the means of (1, features, values)."""
+    n_features = moments.shape[1] - 1
+    means = moments[:, :1]
+    centred = (moments - means[..., : n_features + 1].mT @ means)[:, 1:, 1:]
+    covariance, cross = centred.split([n_features, centred.shape[-1] - n_features], dim=-1)
+    size = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+    root = torch.linalg.cholesky_ex(covariance + ridge * size * torch.eye(n_features, device=moments.device)).L
+    slope = torch.cholesky_solve(cross, root)
+    mean_features, mean_values = means[..., 1:].split(list(cross.shape[-2:]), dim=-1)
+    return torch.cat([mean_values - mean_features @ slope, slope], dim=1)

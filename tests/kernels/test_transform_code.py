@@ -143,5 +143,5 @@ def test_keys_that_do_not_vary_are_restored():
 
 
 def test_an_unknown_number_of_bits_is_refused():
-    with pytest.raises(ValueError, match=r"bits must be one of 1\.0, 1\.5, 2\.0, 2\.25, 2\.5, not 3"):
+    with pytest.raises(ValueError, match=r"bits must be one of 0\.25, 0\.5, 1\.0, 1\.5, 2\.0, 2\.25, 2\.5, not 3"):
         tier_widths(3, 64)

@@ -7,7 +7,15 @@ from torch import Tensor
 
 _SHRINK = 0.3  # of the query moment towards a multiple of the identity
 _RIDGE = 1e-3  # of the key covariance
-_TIERS = {1.0: (1, 1, 2), 1.5: (1, 3, 2), 2.0: (2, 3, 2), 2.25: (2, 4, 2), 2.5: (3, 3, 2)}  # eighths of the channels
+_TIERS = {
+    0.25: (0, 0, 2),
+    0.5: (0, 1, 2),
+    1.0: (1, 1, 2),
+    1.5: (1, 3, 2),
+    2.0: (2, 3, 2),
+    2.25: (2, 4, 2),
+    2.5: (3, 3, 2),
+}  # eighths of the channels
 _BITS = (4, 2, 1)
 
 _LLOYD_STEPS = 8

@@ -1,0 +1,117 @@
+"""``sketch``: as ``regression``, with a few bits of every value beside its key (kernels/README.md, "Regressed values").
+
+What a first fit leaves of a value is transform-coded; values are then regressed on restored keys and restored rests
+together. The codes grow with the context, and every step is charged for all of them.
+"""
+
+from typing import Literal
+
+import torch
+from kvoffload_kernels.transform_code.reference import code_bytes, n_levels, tier_widths
+from pydantic import field_validator
+from torch import Tensor
+
+from kvoffload.buffers import Growing, tensor_bytes
+from kvoffload.completion.base import Completion
+from kvoffload.completion.regression import RegressionCompletion, RegressionConfigBase, least_squares
+from kvoffload.geometry import Geometry
+from kvoffload.index.transform import FIT_TOKENS, TransformIndex
+from kvoffload.values import Fetched, KeySample, Pages, Partial
+
+
+class SketchCompletionConfig(RegressionConfigBase):
+    """Values at ``bits`` bits a channel on average."""
+
+    kind: Literal["sketch"] = "sketch"
+    bits: float = 1.0
+
+    @field_validator("bits")
+    @classmethod
+    def _known(cls, bits: float) -> float:
+        tier_widths(bits, 8)
+        return bits
+
+    def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
+        return SketchCompletion(self.bits, self.ridge, geometry, device)
+
+    def index_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
+        affine = (key_dim + value_dim + 1) * value_dim * 4
+        if n_tokens < FIT_TOKENS:
+            return n_tokens * value_dim * itemsize + affine
+        widths = tier_widths(self.bits, value_dim)
+        code = n_tokens * code_bytes(widths) + 2 * value_dim * (sum(widths) + 1) + 2 * n_levels(widths)
+        return code + affine
+
+
+class SketchCompletion(RegressionCompletion):
+    """The first ``FIT_TOKENS`` tokens wait, with their values as they are, for the fit that the codes need. Codes lie
+    where the index does."""
+
+    def __init__(self, bits: float, ridge: float, geometry: Geometry, device: torch.device) -> None:
+        self._bits = bits
+        super().__init__(ridge, geometry, device)
+
+    @property
+    def _n_features(self) -> int:
+        return self._geometry.key_dim + self._geometry.value_dim
+
+    def _features(self, start: int, stop: int) -> Tensor:
+        assert self._rests is not None, "values are still waiting"
+        return torch.cat([super()._features(start, stop), self._rests.keys(start, stop)], -1)
+
+    def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
+        super().reset(anchor, n_pages=n_pages)
+        self._waiting, self._waiting_valid = Growing(), Growing()
+        self._first_map = torch.zeros(0)
+        self._rests: TransformIndex | None = None
+
+    def absorb(self, pages: Pages) -> None:
+        if self._rests is not None:
+            self._code(pages.values.flatten(1, 2).float(), pages.log_valid().flatten(1))
+            return
+        self._waiting.append(pages.values.flatten(1, 2))
+        self._waiting_valid.append(pages.log_valid().flatten(1))
+        if len(self._waiting) >= FIT_TOKENS:
+            values, log_valid = self._waiting.view.float(), self._waiting_valid.view
+            self._waiting, self._waiting_valid = Growing(), Growing()
+            self._start(values, log_valid)
+            self._code(values, log_valid)
+
+    def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
+        if self._rests is None and len(self._waiting):
+            waiting = self._waiting.view.float()
+            mean = self._attend(query, fetched, waiting)
+            return mean.masked(~mean.lse.isneginf())
+        return super().estimate(query, fetched, scores)
+
+    @property
+    def state_bytes(self) -> int:
+        rests = 0 if self._rests is None else self._rests.index_bytes
+        return super().state_bytes + self._waiting.used_bytes + rests
+
+    @property
+    def resident_bytes(self) -> int:
+        own = super().resident_bytes + self._waiting.used_bytes + tensor_bytes(self._first_map)
+        if self._rests is None or self._rests.device != self._device:
+            return own
+        return own + self._rests.resident_bytes
+
+    def _start(self, values: Tensor, log_valid: Tensor) -> None:
+        """The first fit, and the transform of what it leaves, from the tokens that waited."""
+        keys = super()._features(0, values.shape[1]).to(self._device)
+        weights = log_valid.exp()[..., None]
+        x = torch.cat([torch.ones_like(weights), keys], -1)
+        moments = (x * weights).mT @ torch.cat([x, values], -1) / weights.sum(1, keepdim=True).clamp_min(1)
+        self._first_map = least_squares(moments, self._ridge)
+        assert self.index is not None, "built without an index"
+        self._rests = TransformIndex(self._bits, self._geometry.value_dim, self.index.device)
+        self._rests.reset(KeySample(values - x @ self._first_map, log_valid == 0))
+
+    def _code(self, values: Tensor, log_valid: Tensor) -> None:
+        """Code the next tokens' values, and take the tokens into the moments."""
+        assert self._rests is not None, "coded before the first fit"
+        start, stop = self._n_tokens, self._n_tokens + values.shape[1]
+        keys = super()._features(start, stop).to(self._device)
+        rests = values - keys @ self._first_map[:, 1:] - self._first_map[:, :1]
+        self._rests.absorb(Pages(rests[:, None], rests[:, None], None))
+        self._add(values, log_valid)
