@@ -17,6 +17,7 @@ from kvoffload.completion.base import Completion, CompletionConfigBase
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages, Partial, by_row
 
+_LEAST_VARIANCE = 1e-20  # where no token counts yet
 _REFIT_GROWTH = 1.125  # the fit is made anew when there are so many times more tokens
 
 
@@ -138,7 +139,7 @@ def least_squares(moments: Tensor, ridge: float) -> Tensor:
     means = moments[:, :1]
     centred = (moments - means[..., : n_features + 1].mT @ means)[:, 1:, 1:]
     covariance, cross = centred.split([n_features, centred.shape[-1] - n_features], dim=-1)
-    size = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+    size = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_LEAST_VARIANCE)[:, None, None]
     root = torch.linalg.cholesky_ex(covariance + ridge * size * torch.eye(n_features, device=moments.device)).L
     slope = torch.cholesky_solve(cross, root)
     mean_features, mean_values = means[..., 1:].split(list(cross.shape[-2:]), dim=-1)

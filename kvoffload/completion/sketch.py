@@ -62,7 +62,7 @@ class SketchCompletion(RegressionCompletion):
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
         super().reset(anchor, n_pages=n_pages)
         self._waiting, self._waiting_valid = Growing(), Growing()
-        self._first_map = torch.zeros(0)
+        self._first_map, self._first_centre = torch.zeros(0), torch.zeros(0)
         self._rests: TransformIndex | None = None
 
     def absorb(self, pages: Pages) -> None:
@@ -91,7 +91,7 @@ class SketchCompletion(RegressionCompletion):
 
     @property
     def resident_bytes(self) -> int:
-        own = super().resident_bytes + self._waiting.used_bytes + tensor_bytes(self._first_map)
+        own = super().resident_bytes + self._waiting.used_bytes + tensor_bytes(self._first_map, self._first_centre)
         if self._rests is None or self._rests.device != self._device:
             return own
         return own + self._rests.resident_bytes
@@ -99,10 +99,10 @@ class SketchCompletion(RegressionCompletion):
     def _start(self, values: Tensor, log_valid: Tensor) -> None:
         """The first fit, and the transform of what it leaves, from the tokens that waited."""
         keys = super()._features(0, values.shape[1]).to(self._device)
-        weights = log_valid.exp()[..., None]
-        x = torch.cat([torch.ones_like(weights), keys], -1)
-        moments = (x * weights).mT @ torch.cat([x, values], -1) / weights.sum(1, keepdim=True).clamp_min(1)
-        self._first_map = least_squares(moments, self._ridge)
+        weights = log_valid.exp()[..., None] / log_valid.exp().sum(1)[:, None, None].clamp_min(1)
+        self._first_centre = (keys * weights).sum(1, keepdim=True)
+        x = torch.cat([torch.ones_like(weights), keys - self._first_centre], -1)
+        self._first_map = least_squares((x * weights).mT @ torch.cat([x, values], -1), self._ridge)
         assert self.index is not None, "built without an index"
         self._rests = TransformIndex(self._bits, self._geometry.value_dim, self.index.device)
         self._rests.reset(KeySample(values - x @ self._first_map, log_valid == 0))
@@ -112,6 +112,6 @@ class SketchCompletion(RegressionCompletion):
         assert self._rests is not None, "coded before the first fit"
         start, stop = self._n_tokens, self._n_tokens + values.shape[1]
         keys = super()._features(start, stop).to(self._device)
-        rests = values - keys @ self._first_map[:, 1:] - self._first_map[:, :1]
+        rests = values - (keys - self._first_centre) @ self._first_map[:, 1:] - self._first_map[:, :1]
         self._rests.absorb(Pages(rests[:, None], rests[:, None], None))
         self._add(values, log_valid)

@@ -14,6 +14,8 @@ from kvoffload.models.self_test import own_attention, switch_attention
 from kvoffload.runtime.session import Session
 from kvoffload.runtime.stats import Stats
 
+_BLOCK = 256  # rows of logits that are fp32 at a time
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -52,7 +54,7 @@ class DivergenceTask:
             session.copy_prefill(self._prefilled)
             ids = torch.tensor([self._continuation])
             blocks = teacher_forced(self._loaded.model, session.cache, ids)
-            given = torch.cat([logits[0].log_softmax(-1) for logits in blocks])
+            given = torch.cat([logits[0].log_softmax(-1).cpu() for logits in blocks])
             return _compare(self.dense, given, session.stats())
 
 
@@ -71,10 +73,11 @@ def _compare(dense: Tensor, given: Tensor, stats: Stats) -> Divergence:
 
 @torch.inference_mode()
 def dense_log_probabilities(model: Any, token_ids: list[int], n_steps: int) -> Tensor:
-    """The model's own attention over everything at once: fp32 [n_steps, vocabulary], after each continuation token."""
+    """The model's own attention over everything at once: fp32 [n_steps, vocabulary] in host memory, after each
+    continuation token."""
     before = switch_attention(model)
     model.set_attn_implementation(own_attention(model, before))
     ids = torch.tensor([token_ids], device=model.device)
     logits: Tensor = model(ids, use_cache=False, logits_to_keep=n_steps).logits[0]
     switch_attention(model)
-    return logits.float().log_softmax(-1)
+    return torch.cat([block.float().log_softmax(-1).cpu() for block in logits.split(_BLOCK)])

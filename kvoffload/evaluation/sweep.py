@@ -96,12 +96,17 @@ def _results(spec: SweepSpec, family: Family, model: str, work: Work, cell: Cell
 
 @cache
 def commit() -> str:
-    """The source's git commit where it is a checkout of its own, else the package's version."""
+    """The source's git commit where it is a checkout of its own ("-dirty" with changes), else the package's version."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return __version__
     try:
-        asked = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
     except OSError:
         return __version__
     return asked.stdout.strip() if asked.returncode == 0 else __version__

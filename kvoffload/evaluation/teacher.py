@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefill import prepare
 from kvoffload.models.cache import OffloadCache
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}  # of all sequences together
+_FETCHED_BYTES = (
+    1 << 28
+)  # that a layer may select in one forward; in fp32 and with their weights they are several times that
 
 
 @torch.inference_mode()
@@ -32,12 +36,23 @@ def teacher_forced(model: Any, cache: OffloadCache, ids: Tensor, *, longest: int
     in order, in blocks fp32 [B, q, vocabulary].
 
     A block is one forward. It equals q single steps, in its logits and in what the meter counts, and is as long as the
-    cache allows (``OffloadCache.run_length``), ``longest`` tokens at most.
+    cache allows (``OffloadCache.run_length``), ``longest`` tokens at most, and shorter where a step reads much.
     """
     ids, done = ids.to(model.device), 0
     while done < ids.shape[1]:
-        n_tokens = cache.run_length(min(ids.shape[1] - done, longest))
+        n_tokens = cache.run_length(min(ids.shape[1] - done, longest, _affordable(cache)))
         with cache.decoding():
             logits: Tensor = model(ids[:, done : done + n_tokens], past_key_values=cache, use_cache=True).logits
         done += n_tokens
         yield logits.float()
+
+
+def _affordable(cache: OffloadCache) -> int:
+    """Steps whose selections together stay within ``_FETCHED_BYTES`` in every layer; at least 1."""
+    largest = max((_step_bytes(layer) for layer in cache.offloaded), default=0)
+    return max(_FETCHED_BYTES // max(largest, 1), 1)
+
+
+def _step_bytes(layer: LayerCache) -> int:
+    n_slices = min(layer.budget(layer.n_tokens), layer.n_pages * layer.geometry.n_kv_heads)
+    return n_slices * layer.geometry.n_sequences * layer.geometry.slice_bytes

@@ -66,3 +66,11 @@ def test_padding_does_not_enter_the_fits():
     spoilt = Pages(pages.keys, pages.values.masked_fill(~pages.valid[..., None], 1e4), pages.valid)
     clean = Pages(pages.keys, pages.values.masked_fill(~pages.valid[..., None], 0.0), pages.valid)
     assert_close(error(SketchCompletionConfig(), spoilt, shape), error(SketchCompletionConfig(), clean, shape))
+
+
+def test_far_off_keys_do_not_spoil_the_fits():
+    """Keys with a bias far larger than their spread, as models with biased projections have."""
+    shape = geometry()
+    pages = random_pages(shape, N_PAGES)
+    far = Pages(pages.keys + 3000, pages.values, None)
+    assert error(SketchCompletionConfig(), far, shape) < 1.5 * error(SketchCompletionConfig(), pages, shape)

@@ -62,7 +62,7 @@ class OpenKl(OpenContinuation):
 
     def __init__(self, batch: KlBatch, loaded: LoadedModel, anchors: RuntimeConfig) -> None:
         self._dense = torch.stack(
-            [dense_log_probabilities(loaded.model, ids, batch.positions).cpu() for ids in batch.token_ids.tolist()]
+            [dense_log_probabilities(loaded.model, ids, batch.positions) for ids in batch.token_ids.tolist()]
         )
         self._parts = part_names(batch.parts)
         super().__init__(batch, loaded, anchors)
