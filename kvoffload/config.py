@@ -102,6 +102,11 @@ CompletionsField = Annotated[
 ]
 
 
+def _fitting_completion(given: dict[str, Any]) -> str:
+    """What completes best with a selector: from its index, if it has one."""
+    return "regression" if getattr(given.get("selector"), "has_index", False) else "anchored"
+
+
 class RuntimeConfig(BaseModel):
     """Where the KV lives, what a step reads of it and what stands for the rest."""
 
@@ -112,8 +117,8 @@ class RuntimeConfig(BaseModel):
     nvme_max: Size | None = None
     cpu_max: Size | None = None
     budget: BudgetField | None = None
-    selector: SelectorField = Field(default="quantized", validate_default=True)
-    completion: CompletionsField = Field(default="anchored", validate_default=True)
+    selector: SelectorField = Field(default="transform", validate_default=True)
+    completion: CompletionsField = Field(default_factory=_fitting_completion, validate_default=True)
     gate: bool = False
     gate_queries: int = Field(default=64, ge=1, le=256)
     gate_margin: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -212,7 +217,10 @@ class SamplingConfig(BaseModel):
 
 def explain(error: ValidationError, accepted: Iterable[str] = ()) -> str:
     """One line that names every refused value and what was expected; ``accepted`` are the top-level names."""
-    return "; ".join(_explain_one(detail, tuple(accepted)) for detail in error.errors())
+    told = [
+        detail for detail in error.errors() if detail["type"] != "default_factory_not_called"
+    ]  # follows another one
+    return "; ".join(_explain_one(detail, tuple(accepted)) for detail in told)
 
 
 def _explain_one(detail: ErrorDetails, accepted: tuple[str, ...]) -> str:

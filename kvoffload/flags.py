@@ -43,14 +43,15 @@ Budget = Annotated[
 ]  # fmt: skip
 Selector = Annotated[
     str | None,
-    flag("--selector", help="Which pages are read: quantized, transform, bounds, mean, anchored, spread, exact or "
-         "uniform; options as in quantized:bits=4,group=64.", default="quantized"),
+    flag("--selector", help="Which pages are read: transform, quantized, bounds, mean, anchored, spread, exact or "
+         "uniform; options as in quantized:bits=4,group=64.", default="transform"),
 ]  # fmt: skip
 Completion = Annotated[
     str | None,
     flag("--completion", help="What stands for the rest: regression, anchored, none, phi, pages, exact, page_mean, "
-         "centroids, rank1, mean_value, moments or index_mass; options as in phi:features=128; with --gate several, "
-         "joined by +. regression works with selector quantized or transform.", default="anchored"),
+         "centroids, rank1, mean_value, moments, index_mass or sketch; options as in phi:features=128; with --gate "
+         "several, joined by +. regression and sketch work with selector transform or quantized.",
+         default="regression, or anchored with the other selectors"),
 ]  # fmt: skip
 Gate = Annotated[
     bool | None,

@@ -19,6 +19,7 @@ from kvoffload.calibration.recipes import RECIPES
 from kvoffload.calibration.run import Job, Progress, State, calibrate
 from kvoffload.completion.base import CompletionConfigBase
 from kvoffload.completion.calibrated import Calibration
+from kvoffload.completion.phi import PhiCompletionConfig
 from kvoffload.errors import UsageError
 from kvoffload.layer_budgets import KIND
 from kvoffload.models.catalog import (
@@ -92,7 +93,9 @@ def _job(
 
 
 def _completion(settings: Settings) -> Any:
-    """The one completion that is to be calibrated."""
+    """The one completion that is to be calibrated; phi where none is given."""
+    if "completion" not in settings.model_fields_set:
+        return PhiCompletionConfig.model_validate({"kind": "phi"})
     kinds = [config.kind for config in settings.completion]
     if len(kinds) != 1 or kinds[0] not in RECIPES:
         raise UsageError(f"completion: {'+'.join(kinds)!r} cannot be calibrated; accepted: {', '.join(RECIPES)}")

@@ -17,7 +17,7 @@ Completion = Annotated[
     flag(
         "--completion",
         help="phi (learned feature maps), anchored or pages (offsets of their mass).",
-        default="anchored",
+        default="phi",
     ),
 ]
 ByLayer = Annotated[

@@ -21,7 +21,7 @@ from kvoffload.models import catalog
 from kvoffload.runtime import command
 from kvoffload.runtime.doctor import FEATURES
 from kvoffload.runtime.session import Session
-from kvoffload.settings import Settings
+from kvoffload.settings import Settings, load_settings
 
 HEAVY = ("torch", "transformers", "pydantic", "pydantic_settings", "numpy", "rich")
 TINY = ["generate", "--model", "tiny", "--max-new-tokens", "3"]
@@ -106,7 +106,9 @@ def test_the_defaults_that_help_tells_are_the_real_ones() -> None:
             number = f"{default:g}" if isinstance(default, float) else str(default)
             assert told == (words[default] if isinstance(default, bool) else number)
     assert flags["selector"].show_default == defaults["selector"]["kind"]
-    assert [flags["completion"].show_default] == [one["kind"] for one in defaults["completion"]]
+    others = load_settings({"selector": "bounds"}).merged()["completion"]
+    told = [one["kind"] for one in (*defaults["completion"], *others)]
+    assert flags["completion"].show_default == "{}, or {} with the other selectors".format(*told)
     assert flags["budget"].show_default.startswith(defaults["budget"])
 
 
@@ -309,7 +311,7 @@ def test_plan_prints_a_table_or_one_object(kvoffload: Any) -> None:
     ran = kvoffload("plan", "--model", "tiny", "--context", "8k")
     assert ran.code == 0
     assert ran.out.startswith("tiny: 8,192 tokens, 1 KiB a token, KV 8 MiB, offload cpu, budget 410 tok a step\n")
-    assert "index (quantized)" in ran.out
+    assert "index (transform)" in ran.out
     told = json.loads(kvoffload("plan", "--model", "tiny", "--json", "--batch", "2", "--offload", "nvme").out)
     assert (told["context"], told["batch"], told["kv_bytes"], told["problem"]) == (8192, 2, 1 << 24, None)
 

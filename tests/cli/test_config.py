@@ -23,10 +23,16 @@ def refusal(**flags: Any) -> str:
 def test_the_defaults_are_those_of_the_command_line() -> None:
     config = RuntimeConfig()
     assert (config.offload, config.selector.kind, [c.kind for c in config.completion]) == (
-        "cpu", "quantized", ["anchored"],
+        "cpu", "transform", ["regression"],
     )  # fmt: skip
     assert (config.sinks, config.recent, config.page_size, config.gpu_cache) == (16, 64, 16, None)
     assert SamplingConfig().max_new_tokens == 256
+
+
+def test_the_default_completion_reads_the_index_where_there_is_one() -> None:
+    for selector, cls in VARIANTS["selector"].items():
+        expected = "regression" if cls.has_index else "anchored"  # type: ignore[attr-defined]
+        assert [c.kind for c in RuntimeConfig(selector=selector).completion] == [expected]
 
 
 @pytest.mark.parametrize(("offload", "budget"), [("cpu", "5%"), ("nvme", "5%"), ("none", "100%")])

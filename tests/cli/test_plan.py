@@ -106,8 +106,8 @@ def test_a_batch_multiplies_everything_but_the_weights() -> None:
     assert two.kv_bytes == 2 * one.kv_bytes
 
 
-def test_the_default_index_takes_5_of_64_parts_of_the_kv() -> None:
-    where, n_bytes = need(plan_of(), "index (quantized)")
+def test_a_2_bit_index_takes_5_of_64_parts_of_the_kv() -> None:
+    where, n_bytes = need(plan_of(selector="quantized"), "index (quantized)")
     assert where == "device"
     assert n_bytes == pytest.approx(16 * GIB * 5 / 64)
 
@@ -124,7 +124,9 @@ def test_the_completion_has_a_fixed_size() -> None:
 
 def test_a_gate_keeps_all_its_completions() -> None:
     both = need(plan_of(gate=True, completion="anchored+phi"), "completion")[1]
-    assert both == need(plan_of(), "completion")[1] + need(plan_of(completion="phi"), "completion")[1]
+    assert (
+        both == need(plan_of(completion="anchored"), "completion")[1] + need(plan_of(completion="phi"), "completion")[1]
+    )
 
 
 def test_a_page_cache_comes_beside_the_pages_of_one_layers_step() -> None:

@@ -146,19 +146,21 @@ def resident(open_session, ids, n_tokens, **fields):
 
 @pytest.mark.parametrize("completion", ["anchored", "phi", "none"])
 def test_with_the_index_on_the_host_the_device_holds_the_same_at_any_length(open_session, ids, completion):
-    short, long = (resident(open_session, ids, n, index="cpu", completion=completion) for n in (200, 1000))
+    short, long = (
+        resident(open_session, ids, n, index="cpu", selector="quantized", completion=completion) for n in (200, 1000)
+    )
     assert short.resident_bytes == long.resident_bytes > 0
     assert short.index_host_bytes < long.index_host_bytes
 
 
 def test_with_the_index_on_the_device_it_is_resident_and_grows(open_session, ids):
-    short, long = (resident(open_session, ids, n, index="device") for n in (200, 1000))
+    short, long = (resident(open_session, ids, n, index="device", selector="quantized") for n in (200, 1000))
     assert short.resident_bytes < long.resident_bytes
     assert short.index_host_bytes == long.index_host_bytes == 0
 
 
 def test_resident_bytes_are_the_parts_that_can_be_counted_by_hand(open_session, ids):
-    stats = resident(open_session, ids, 500, index="cpu")
+    stats = resident(open_session, ids, 500, index="cpu", completion="anchored")
     anchors = (4 + 8 + 4) * TOKEN_BYTES
     summary = 32 * (16 + 16 + 2) * 4 + (16 + 16) * 4  # and the sums of the newest segment, before rounding
     step = N_HEADS * 32 * TOKEN_BYTES  # one layer's pages at a time
