@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvoffload.attention.gate import GateRecheck
 from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.reading import SelectedPages
 from kvoffload.attention.refresh import Reanchoring, Rebuild
 from kvoffload.attention.upkeep import Upkeep
 from kvoffload.cache.anchors import Anchors
@@ -89,7 +90,7 @@ def build_layer(
         index_is_read=config.selector.reads_slow_tier,
         index_on_host=config.index == "cpu" or config.selector.reads_slow_tier,
     )
-    cache.gate = gate
+    cache.gate, cache.reading = gate, SelectedPages()
     rebuild = Rebuild(
         selector=(lambda: config.selector.build(geometry, index_device)) if selector.uses_anchor else None,
         completion=build_completion if completion.uses_anchor else None,

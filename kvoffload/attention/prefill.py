@@ -47,8 +47,8 @@ def prepare(layer: LayerCache) -> None:
     for pages in stream(layer):
         layer.absorb(pages)
     layer.ready = True
-    for upkeep in layer.upkeep:
-        upkeep.restart()
+    for kept in (*layer.upkeep, layer.chooser, layer.reading):
+        kept.restart()
     if layer.gate is not None:
         choose_at_prefill(layer, layer.gate, layer.tail_queries, weights)
 
