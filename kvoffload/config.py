@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails
 from kvoffload.completion import CompletionConfig
 from kvoffload.completion.calibrated import CalibrationFile
 from kvoffload.layer_budgets import layer_shares, read_layer_budgets
+from kvoffload.policies import PolicyConfig
 from kvoffload.selection import SelectorConfig
 from kvoffload.units import Budget, parse_size
 
@@ -36,7 +37,7 @@ def variants(union: Any) -> dict[str, type[BaseModel]]:
     return {cls.model_fields["kind"].default: cls for cls in get_args(get_args(union)[0])}
 
 
-VARIANTS = {"selector": variants(SelectorConfig), "completion": variants(CompletionConfig)}
+VARIANTS = {"selector": variants(SelectorConfig), "completion": variants(CompletionConfig), "policy": variants(PolicyConfig)}
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -100,6 +101,7 @@ SelectorField = Annotated[SelectorConfig, BeforeValidator(_variant)]
 CompletionsField = Annotated[
     tuple[Annotated[CompletionConfig, BeforeValidator(_variant)], ...], BeforeValidator(_several), Field(min_length=1)
 ]
+PoliciesField = Annotated[tuple[Annotated[PolicyConfig, BeforeValidator(_variant)], ...], BeforeValidator(_several)]
 
 
 def _fitting_completion(given: dict[str, Any]) -> str:
@@ -119,6 +121,7 @@ class RuntimeConfig(BaseModel):
     budget: BudgetField | None = None
     selector: SelectorField = Field(default="transform", validate_default=True)
     completion: CompletionsField = Field(default_factory=_fitting_completion, validate_default=True)
+    policy: PoliciesField = ()
     gate: bool = False
     gate_queries: int = Field(default=64, ge=1, le=256)
     gate_margin: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -141,6 +144,9 @@ class RuntimeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "RuntimeConfig":
+        kinds = tuple(config.kind for config in self.policy)
+        for i, config in enumerate(self.policy):
+            config.check(recent=self.recent, kinds=kinds[:i] + kinds[i + 1 :])
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: {self.page_size} is not a power of two from 4 to 256")
         if len(self.completion) > 1 and not self.gate:

@@ -1,7 +1,7 @@
 """From a configuration to the parts of a layer's cache."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from kvoffload.completion.gated import GatedCompletion
 from kvoffload.config import RuntimeConfig
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
+from kvoffload.policies.base import Depth, Policy
 from kvoffload.units import Budget
 
 
@@ -63,9 +64,11 @@ def build_layer(
     staging: Staging,
     keys: Tensor,
     values: Tensor,
+    policies: Iterable[Policy] | None = None,
 ) -> LayerCache:
     """An empty cache for layer ``layer`` of the store; ``keys`` and ``values`` [rows, n, D] tell dtype and device of
-    what is to come, ``model_layer`` is the layer's number in the model."""
+    what is to come, ``model_layer`` is the layer's number in the model. ``policies`` are those of the whole cache, made
+    for this layer alone where they are not given."""
     n_layers = store.shape.n_layers
     device = keys.device
     index_device = torch.device("cpu") if config.index == "cpu" else device
@@ -96,6 +99,8 @@ def build_layer(
         completion=build_completion if completion.uses_anchor else None,
     )
     cache.upkeep = tuple(_upkeep(config, gate, rebuild))
+    for policy in (policy.build() for policy in config.policy) if policies is None else policies:
+        policy.attach(cache, Depth(layer, n_layers))
     return cache
 
 

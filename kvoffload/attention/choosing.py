@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kvoffload.selection.topk import select_top
+from kvoffload.selection.topk import page_shares, select_top
 from kvoffload.values import Selection
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class Chooser(ABC):
         than the budget buys, with the scores of all pages fp32 [rows * Q, R, P] (anything of that shape where neither
         the completion nor the choice needs them). Called only when there are pages."""
 
+    @abstractmethod
+    def rank(self, layer: "LayerCache", scores: Tensor, anchor_lse: Tensor) -> Tensor:
+        """What ``choose`` orders a row's pages by, fp32 [rows * Q, P], from scores [rows * Q, R, P]."""
+
     def forget(self, rows: Tensor) -> None:  # noqa: B027 - most have nothing to forget
         """The next step must score anew for the rows where bool [rows] is true."""
 
@@ -44,7 +48,7 @@ class TopK(Chooser):
 
     def choose(self, layer: "LayerCache", query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
         scores = layer.score(query)
-        ranked = scores if layer.page_filter is None else layer.page_filter(layer, scores)
+        ranked = layer.filtered(scores)
         selection = select_top(
             ranked,
             anchor_lse.to(scores.device),
@@ -54,3 +58,6 @@ class TopK(Chooser):
             n_queries=query.shape[0] // layer.geometry.rows,
         )
         return selection, scores
+
+    def rank(self, layer: "LayerCache", scores: Tensor, anchor_lse: Tensor) -> Tensor:
+        return page_shares(layer.filtered(scores), anchor_lse.to(scores.device))

@@ -164,6 +164,10 @@ class LayerCache:
         self.meter.scored_rows += query.shape[0] if n_rows is None else n_rows
         return self.selector.score(by_row(query, rows).to(device)).reshape(*query.shape[:2], -1)
 
+    def filtered(self, scores: Tensor) -> Tensor:
+        """The scores that pages are ranked by."""
+        return scores if self.page_filter is None else self.page_filter(self, scores)
+
     @property
     def reads_everything(self) -> bool:
         """Whether the budget buys every page there is."""

@@ -84,14 +84,17 @@ class OffloadLayer(CacheLayerMixin):
             raise OutOfRoomError(str(error)) from error
 
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+        if self._cache.rectifies:
+            return prefill(kv, q, k, v, kv.fetch.decode)
         one_by_one = q.shape[2] == 1 or self._cache.stepping
         if self._cache.exact or kv.n_tokens == 0 or not one_by_one:
             self._note_padding(kv, mask)
             kv.remember_queries(q)
             return prefill(kv, q, k, v)
         prepare(kv)
-        if q.shape[2] > kv.run_length(q.shape[2]):
-            raise UsageError(f"{q.shape[2]} tokens in one forward: at most {kv.run_length(q.shape[2])} can be decoded")
+        n_new = q.shape[2] - kv.n_revised
+        if n_new > kv.run_length(n_new):
+            raise UsageError(f"{n_new} tokens in one forward: at most {kv.run_length(n_new)} can be decoded")
         step = decode(kv, query_rows(q), k, v)
         output, lse = (t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse))
         return Partial(output, lse)
@@ -179,7 +182,11 @@ class OffloadCache(DynamicCache):
         for place, i in enumerate(unbounded):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)
-        self.config, self.exact, self.stepping = config, False, False
+        self.config, self.exact, self.stepping, self.rectifies = config, False, False, False
+        self.policies = [policy.build() for policy in config.policy]
+        self._check_policies()
+        self._decoded: list[Tensor] = []  # the newest decoded tokens, int64 [B, n] each, as far as policies need them
+        self._n_unrectified = 0  # decoded since the prefill or the last dense pass
         self._expected_tokens = expected_tokens
         self._stores: dict[StoreShape, Store] = {}
         self._staging: dict[StoreShape, Staging] = {}
@@ -223,6 +230,7 @@ class OffloadCache(DynamicCache):
     @contextmanager
     def prefilling(self) -> Iterator[None]:
         """Inside this block every forward is exact, also one of a single token."""
+        self.forget_decoded()
         self.exact = True
         try:
             yield
@@ -230,18 +238,77 @@ class OffloadCache(DynamicCache):
             self.exact = False
 
     @contextmanager
-    def decoding(self) -> Iterator[None]:
+    def decoding(self, *, n_revised: int = 0) -> Iterator[None]:
         """Inside this block a forward of several tokens decodes each of them under the budget, as single steps would;
-        it may have ``run_length`` tokens."""
-        self.stepping = True
+        it may have ``run_length`` tokens, and ``n_revised`` older ones before them that were cropped."""
+        self._step(True, n_revised)
         try:
             yield
         finally:
-            self.stepping = False
+            self._step(False, 0)
+
+    def _step(self, stepping: bool, n_revised: int) -> None:
+        self.stepping = stepping
+        for kv in self.offloaded:
+            kv.n_revised = n_revised
 
     def run_length(self, limit: int) -> int:
         """How many of the next ``limit`` tokens one forward can decode."""
+        limit = min((policy.run_length(limit) for policy in self.policies), default=limit)
         return min((kv.run_length(limit) for kv in self.offloaded), default=min(limit, 1))
+
+    @contextmanager
+    def rectifying(self) -> Iterator[None]:
+        """Inside this block a forward of cropped tokens is dense and gives them new keys and values; its reads count as
+        decode reads. What readings kept of those tokens is void then."""
+        self.rectifies = True
+        try:
+            yield
+        finally:
+            self.rectifies, self._n_unrectified = False, 0
+            for kv in self.offloaded:
+                kv.reading.restart()
+
+    @property
+    def n_revised(self) -> int:
+        """Newest decoded tokens that the next forward computes anew."""
+        wanted = max((policy.n_revised for policy in self.policies), default=0)
+        return min(wanted, self._n_unrectified, self._n_open) if wanted else 0
+
+    def dense_tokens(self, n_new: int) -> int:
+        """Newest decoded tokens that a dense pass must compute anew behind ``n_new`` decoded ones."""
+        wanted = max((policy.dense_tokens(self.offloaded, n_new) for policy in self.policies), default=0)
+        return min(wanted, self._n_unrectified, self._n_open) if wanted else 0
+
+    @property
+    def _n_open(self) -> int:
+        """Newest tokens that can be cropped in every layer."""
+        return min((kv.anchors.n_window for kv in self.offloaded), default=0)
+
+    def note_decoded(self, ids: Tensor) -> None:
+        """These tokens were decoded, int64 [B, n]."""
+        kept = max((max(policy.n_revised, policy.max_dense) for policy in self.policies), default=0)
+        if kept:
+            self._n_unrectified += ids.shape[1]
+            self._decoded = [torch.cat([*self._decoded, ids], 1)[:, -kept:]]
+
+    def newest_ids(self, n: int) -> Tensor:
+        """The newest ``n`` decoded tokens, int64 [B, n]."""
+        return self._decoded[0][:, -n:]
+
+    def forget_decoded(self) -> None:
+        """Other tokens than decoded ones come, or decoded ones go: nothing before them is computed anew."""
+        self._decoded, self._n_unrectified = [], 0
+        for policy in self.policies:
+            policy.restart()
+        for kv in self.offloaded:
+            kv.reading.restart()
+
+    def _check_policies(self) -> None:
+        again = any(max(policy.n_revised, policy.max_dense) for policy in self.policies)
+        if again and self.n_offloaded < len(self.layers):
+            kinds = "+".join(config.kind for config in self.config.policy)
+            raise UsageError(f"policy: {kinds!r} computes tokens anew, which layers with bounded KV (sliding windows) do not allow")
 
     def build(self, index: int, place: int, geometry: Geometry, keys: Tensor, values: Tensor) -> LayerCache:
         """The cache of the model's layer ``index``, the ``place``-th offloaded one; called once by its first
@@ -253,8 +320,9 @@ class OffloadCache(DynamicCache):
             self._staging[shape] = Staging(shape.slice_bytes, keys.device)
         store, staging = self._stores[shape], self._staging[shape]
         return build_layer(
-            self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values
-        )
+            self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values,
+            policies=self.policies,
+        )  # fmt: skip
 
     def copy_prefill(self, *sources: "OffloadCache") -> None:
         """Begin with the tokens of another cache of the same model, page size and anchors, whatever its tier and
