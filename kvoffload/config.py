@@ -37,7 +37,11 @@ def variants(union: Any) -> dict[str, type[BaseModel]]:
     return {cls.model_fields["kind"].default: cls for cls in get_args(get_args(union)[0])}
 
 
-VARIANTS = {"selector": variants(SelectorConfig), "completion": variants(CompletionConfig), "policy": variants(PolicyConfig)}
+VARIANTS = {
+    "selector": variants(SelectorConfig),
+    "completion": variants(CompletionConfig),
+    "policy": variants(PolicyConfig),
+}
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -74,6 +78,10 @@ def _variant(value: Any) -> Any:
     return parse_variant(value) if isinstance(value, str) else value
 
 
+def _policies(value: Any) -> Any:
+    return () if value == "none" else _several(value)
+
+
 def _several(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(parse_variant(part) for part in value.split("+"))
@@ -101,7 +109,8 @@ SelectorField = Annotated[SelectorConfig, BeforeValidator(_variant)]
 CompletionsField = Annotated[
     tuple[Annotated[CompletionConfig, BeforeValidator(_variant)], ...], BeforeValidator(_several), Field(min_length=1)
 ]
-PoliciesField = Annotated[tuple[Annotated[PolicyConfig, BeforeValidator(_variant)], ...], BeforeValidator(_several)]
+PoliciesField = Annotated[tuple[Annotated[PolicyConfig, BeforeValidator(_variant)], ...], BeforeValidator(_policies)]
+OptionalShare = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, *_word_for_none("off")]
 
 
 def _fitting_completion(given: dict[str, Any]) -> str:
@@ -122,6 +131,9 @@ class RuntimeConfig(BaseModel):
     selector: SelectorField = Field(default="transform", validate_default=True)
     completion: CompletionsField = Field(default_factory=_fitting_completion, validate_default=True)
     policy: PoliciesField = ()
+    max_dropped_mass: OptionalShare = None
+    dropped_mass_cap: BudgetField = Field(default="25%", validate_default=True)
+    audit: Annotated[Annotated[int, Field(ge=1)] | None, *_word_for_none("off")] = None
     gate: bool = False
     gate_queries: int = Field(default=64, ge=1, le=256)
     gate_margin: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -146,12 +158,19 @@ class RuntimeConfig(BaseModel):
     def _check_together(self) -> "RuntimeConfig":
         kinds = tuple(config.kind for config in self.policy)
         for i, config in enumerate(self.policy):
+            if config.kind in kinds[:i]:
+                raise ValueError(f"policy: {config.kind!r} is given twice")
             config.check(recent=self.recent, kinds=kinds[:i] + kinds[i + 1 :])
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: {self.page_size} is not a power of two from 4 to 256")
         if len(self.completion) > 1 and not self.gate:
             names = "+".join(config.kind for config in self.completion)
             raise ValueError(f"completion: {names!r} is more than one; give one, or let --gate choose")
+        if self.max_dropped_mass is not None and (self.gate or self.completion[0].kind == "none"):
+            raise ValueError(
+                f"max_dropped_mass: {self.max_dropped_mass} needs one completion that estimates the mass of what is "
+                "not read, not none and not a gate that may abstain"
+            )
         needing = [config.kind for config in self.completion if config.needs_index]
         if needing and not self.selector.has_index:
             having = ", ".join(kind for kind, cls in VARIANTS["selector"].items() if getattr(cls, "has_index", False))

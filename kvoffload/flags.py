@@ -53,6 +53,23 @@ Completion = Annotated[
          "several, joined by +. regression and sketch work with selector transform or quantized.",
          default="regression, or anchored with the other selectors"),
 ]  # fmt: skip
+Policy = Annotated[
+    str | None,
+    flag("--policy", help="prhs, hshare, tokenselect, retro, resa, refresh or none; options as in prhs:block=8; "
+         "several joined by +.", default="none"),
+]  # fmt: skip
+MaxDroppedMass = Annotated[
+    str | None,
+    flag("--max-dropped-mass", help="Read on until the estimated mass of what is not read is at most this share; or "
+         "off.", default="off"),
+]  # fmt: skip
+DroppedMassCap = Annotated[
+    str | None, flag("--dropped-mass-cap", help="Most that a step may read for that.", default="25%")
+]
+Audit = Annotated[
+    str | None,
+    flag("--audit", help="Measure the dropped mass with a full read every so many steps; or off.", default="off"),
+]
 Gate = Annotated[
     bool | None,
     flag("--gate/--no-gate", help="Choose per head among the completions and abstaining.", default="off"),

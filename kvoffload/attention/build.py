@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from kvoffload_storage.store import Store
@@ -21,6 +21,7 @@ from kvoffload.completion.gated import GatedCompletion
 from kvoffload.config import RuntimeConfig
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
+from kvoffload.policies.accuracy import Audit, BoundedMass
 from kvoffload.policies.base import Depth, Policy
 from kvoffload.units import Budget
 
@@ -80,6 +81,7 @@ def build_layer(
     completion, gate = build_completion()
     slots = _slots(config, geometry, n_layers, staging)
     fetch = MappedFetch if store.mapped(layer) is not None else SubmittedFetch
+    budget = SliceBudget(config.effective_budget, geometry, n_layers, store.slice_cost_bytes, config.share(layer))
     cache = LayerCache(
         geometry,
         store,
@@ -88,7 +90,7 @@ def build_layer(
         fetch=fetch(store, layer, slots, geometry),
         selector=selector,
         completion=completion,
-        budget=SliceBudget(config.effective_budget, geometry, n_layers, store.slice_cost_bytes, config.share(layer)),
+        budget=budget,
         pool=config.pool,
         index_is_read=config.selector.reads_slow_tier,
         index_on_host=config.index == "cpu" or config.selector.reads_slow_tier,
@@ -99,8 +101,13 @@ def build_layer(
         completion=build_completion if completion.uses_anchor else None,
     )
     cache.upkeep = tuple(_upkeep(config, gate, rebuild))
+    if config.max_dropped_mass is not None:
+        cap = replace(budget, budget=config.dropped_mass_cap)
+        cache.reading = BoundedMass(cache.reading, config.max_dropped_mass, cap)
     for policy in (policy.build() for policy in config.policy) if policies is None else policies:
         policy.attach(cache, Depth(layer, n_layers))
+    if config.audit is not None:
+        cache.reading = Audit(cache.reading, config.audit)
     return cache
 
 

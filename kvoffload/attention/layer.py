@@ -46,6 +46,8 @@ class Meter:
     completion_mass: Tensor | None = None
     scored_rows: int = 0
     """Rows whose pages were scored, once for each query: rows x steps where every step scores."""
+    dropped: list[Tensor] = field(default_factory=list)
+    """The mass that was not read in the steps that were audited, fp32 [rows, R] each, in host memory."""
     written: Moved = field(default_factory=Moved)
 
     def count_steps(self, n_steps: int, n_tokens: int, index_bytes: int, state_bytes: int, mass: Tensor) -> None:
@@ -180,7 +182,9 @@ class LayerCache:
         if self.completion.uses_scores and not self._index_is_read:
             state_bytes += index_bytes
         if self.n_revised:
-            query, mass = (t.unflatten(0, (self.geometry.rows, -1))[:, self.n_revised :].flatten(0, 1) for t in (query, mass))
+            query, mass = (
+                t.unflatten(0, (self.geometry.rows, -1))[:, self.n_revised :].flatten(0, 1) for t in (query, mass)
+            )
         n_steps = mass.shape[0] // self.geometry.rows
         self.meter.count_steps(n_steps, self.n_tokens, index_bytes if self._index_is_read else 0, state_bytes, mass)
         for upkeep in self.upkeep:
@@ -193,7 +197,8 @@ class LayerCache:
         index = self.selector.resident_bytes - self.index_host_bytes
         pages = self.n_pages * self.store.shape.page_bytes if self.store.tier == "gpu" else 0
         summaries = index + self.completion.resident_bytes
-        upkeep = sum(kept.resident_bytes for kept in (*self.upkeep, self.chooser, self.reading))
+        upkeep = sum(upkeep.resident_bytes for upkeep in self.upkeep)
+        upkeep += self.chooser.resident_bytes + self.reading.resident_bytes
         return self.anchors.resident_bytes + summaries + upkeep + self.fetch.slots.resident_bytes + pages
 
     @property

@@ -13,9 +13,7 @@ from kvoffload.cache.fetch import Traffic, pack_pages
 from kvoffload.values import Partial, merge
 
 
-def prefill(
-    layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, traffic: Traffic | None = None
-) -> Partial:
+def prefill(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, traffic: Traffic | None = None) -> Partial:
     """Dense causal attention for a chunk: query [rows, R, Q, D], keys [rows, Q, D], values [rows, Q, Dv].
 
     Earlier pages stream through the device block by block (prefill traffic where none is given); the chunk's own pages
@@ -50,8 +48,10 @@ def prepare(layer: LayerCache) -> None:
     for pages in stream(layer):
         layer.absorb(pages)
     layer.ready = True
-    for kept in (*layer.upkeep, layer.chooser, layer.reading):
-        kept.restart()
+    layer.chooser.restart()
+    layer.reading.restart()
+    for upkeep in layer.upkeep:
+        upkeep.restart()
     if layer.gate is not None:
         choose_at_prefill(layer, layer.gate, layer.tail_queries, weights)
 

@@ -30,6 +30,11 @@ Selectors = Annotated[
 Completions = Annotated[
     str | None, flag("--completions", help="Completions, as in none,anchored:segments=16,anchored+pages@gate.")
 ]
+Policies = Annotated[
+    str | None,
+    flag("--policies", help="Policies, each combined with every selector and completion, as in "
+         "none,retro:window=4;prhs:block=8+retro."),
+]  # fmt: skip
 Pools = Annotated[str | None, flag("--pools", help="layer, none or both; combined with the others.")]
 Methods = Annotated[
     str | None,

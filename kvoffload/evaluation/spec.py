@@ -74,6 +74,7 @@ class SweepSpec(BaseModel):
     selectors: Names = ()
     completions: Names = ()
     pools: Names = ()
+    policies: Names = ()
     baseline: str = "bounds/none"
     offload: str = "cpu"
     page_size: int = 16
@@ -96,9 +97,13 @@ class SweepSpec(BaseModel):
         """The methods, each once."""
         if bool(self.selectors) != bool(self.completions):
             raise UsageError("selectors and completions are combined: give both, or --methods")
-        if self.pools and not self.selectors:
-            raise UsageError("pools are combined with selectors and completions: write @pool= behind a method instead")
-        names = [*self.methods, *cross(self.selectors, self.completions, self.pools)]
+        for name, given in (("pool", self.pools), ("policy", self.policies)):
+            if given and not self.selectors:
+                raise UsageError(
+                    f"{', '.join(given)}: combined with selectors and completions, which are missing: write @{name}= "
+                    "behind a method instead"
+                )
+        names = [*self.methods, *cross(self.selectors, self.completions, self.pools, self.policies)]
         if not names:
             raise UsageError("nothing to compare: give --selectors and --completions, or --methods")
         methods = [Method.parse(name).with_settings(self.set) for name in names]

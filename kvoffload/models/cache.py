@@ -24,6 +24,7 @@ from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
 from kvoffload.geometry import Geometry
+from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
 from kvoffload.values import Partial, query_rows
 
@@ -184,9 +185,9 @@ class OffloadCache(DynamicCache):
         self.n_offloaded = len(unbounded)
         self.config, self.exact, self.stepping, self.rectifies = config, False, False, False
         self.policies = [policy.build() for policy in config.policy]
-        self._check_policies()
-        self._decoded: list[Tensor] = []  # the newest decoded tokens, int64 [B, n] each, as far as policies need them
-        self._n_unrectified = 0  # decoded since the prefill or the last dense pass
+        self.anew = Anew(self.policies)
+        if self.anew.is_wanted and self.n_offloaded < len(self.layers):
+            raise UsageError("policy: layers with bounded KV (sliding windows) do not allow to compute tokens anew")
         self._expected_tokens = expected_tokens
         self._stores: dict[StoreShape, Store] = {}
         self._staging: dict[StoreShape, Staging] = {}
@@ -241,20 +242,19 @@ class OffloadCache(DynamicCache):
     def decoding(self, *, n_revised: int = 0) -> Iterator[None]:
         """Inside this block a forward of several tokens decodes each of them under the budget, as single steps would;
         it may have ``run_length`` tokens, and ``n_revised`` older ones before them that were cropped."""
-        self._step(True, n_revised)
+        self.stepping = True
+        for kv in self.offloaded:
+            kv.n_revised = n_revised
         try:
             yield
         finally:
-            self._step(False, 0)
-
-    def _step(self, stepping: bool, n_revised: int) -> None:
-        self.stepping = stepping
-        for kv in self.offloaded:
-            kv.n_revised = n_revised
+            self.stepping = False
+            for kv in self.offloaded:
+                kv.n_revised = 0
 
     def run_length(self, limit: int) -> int:
         """How many of the next ``limit`` tokens one forward can decode."""
-        limit = min((policy.run_length(limit) for policy in self.policies), default=limit)
+        limit = self.anew.run_length(limit)
         return min((kv.run_length(limit) for kv in self.offloaded), default=min(limit, 1))
 
     @contextmanager
@@ -265,50 +265,16 @@ class OffloadCache(DynamicCache):
         try:
             yield
         finally:
-            self.rectifies, self._n_unrectified = False, 0
+            self.rectifies = False
+            self.anew.note_pass()
             for kv in self.offloaded:
                 kv.reading.restart()
 
-    @property
-    def n_revised(self) -> int:
-        """Newest decoded tokens that the next forward computes anew."""
-        wanted = max((policy.n_revised for policy in self.policies), default=0)
-        return min(wanted, self._n_unrectified, self._n_open) if wanted else 0
-
-    def dense_tokens(self, n_new: int) -> int:
-        """Newest decoded tokens that a dense pass must compute anew behind ``n_new`` decoded ones."""
-        wanted = max((policy.dense_tokens(self.offloaded, n_new) for policy in self.policies), default=0)
-        return min(wanted, self._n_unrectified, self._n_open) if wanted else 0
-
-    @property
-    def _n_open(self) -> int:
-        """Newest tokens that can be cropped in every layer."""
-        return min((kv.anchors.n_window for kv in self.offloaded), default=0)
-
-    def note_decoded(self, ids: Tensor) -> None:
-        """These tokens were decoded, int64 [B, n]."""
-        kept = max((max(policy.n_revised, policy.max_dense) for policy in self.policies), default=0)
-        if kept:
-            self._n_unrectified += ids.shape[1]
-            self._decoded = [torch.cat([*self._decoded, ids], 1)[:, -kept:]]
-
-    def newest_ids(self, n: int) -> Tensor:
-        """The newest ``n`` decoded tokens, int64 [B, n]."""
-        return self._decoded[0][:, -n:]
-
     def forget_decoded(self) -> None:
-        """Other tokens than decoded ones come, or decoded ones go: nothing before them is computed anew."""
-        self._decoded, self._n_unrectified = [], 0
-        for policy in self.policies:
-            policy.restart()
+        """Other tokens than decoded ones come, or decoded ones go: policies compute nothing before them anew."""
+        self.anew.forget()
         for kv in self.offloaded:
             kv.reading.restart()
-
-    def _check_policies(self) -> None:
-        again = any(max(policy.n_revised, policy.max_dense) for policy in self.policies)
-        if again and self.n_offloaded < len(self.layers):
-            kinds = "+".join(config.kind for config in self.config.policy)
-            raise UsageError(f"policy: {kinds!r} computes tokens anew, which layers with bounded KV (sliding windows) do not allow")
 
     def build(self, index: int, place: int, geometry: Geometry, keys: Tensor, values: Tensor) -> LayerCache:
         """The cache of the model's layer ``index``, the ``place``-th offloaded one; called once by its first

@@ -17,9 +17,9 @@ def feed(model: Any, cache: OffloadCache, ids: Tensor, *, first: Tensor | None =
     n may be ``cache.run_length(n)`` at most. Tokens that are computed anew leave the cache first (they are in the
     window still) and come back with their new keys and values; their logits are dropped.
     """
-    logits = _forward(model, cache, cache.n_revised, ids, first)
-    cache.note_decoded(ids)
-    if n_dense := cache.dense_tokens(ids.shape[1]):
+    logits = _forward(model, cache, cache.anew.revised(cache.offloaded), ids, first)
+    cache.anew.note(ids)
+    if n_dense := cache.anew.dense(cache.offloaded, ids.shape[1]):
         with cache.rectifying():
             _forward(model, cache, n_dense, ids[:, :0], None if first is None else first + ids.shape[1])
     return logits
@@ -32,7 +32,7 @@ def _forward(model: Any, cache: OffloadCache, n_again: int, ids: Tensor, first: 
         options["position_ids"] = first + torch.arange(-n_again, ids.shape[1], device=first.device)
     if n_again:
         cache.crop(-n_again)
-        ids = torch.cat([cache.newest_ids(n_again), ids], 1)
+        ids = torch.cat([cache.anew.newest(n_again), ids], 1)
     with cache.decoding(n_revised=n_again):
         output = model(ids, past_key_values=cache, use_cache=True, **options)
     logits: Tensor = output.logits[:, n_again:]

@@ -1,5 +1,6 @@
 """The contract of a policy: what it wraps around the parts of a cache's layers, and which tokens it computes anew."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -33,7 +34,7 @@ class Policy:
         """How many of the next ``limit`` tokens one forward can decode as far as this policy goes; at least 1."""
         return limit
 
-    def dense_tokens(self, layers: list[LayerCache], n_new: int) -> int:
+    def dense_tokens(self, layers: Sequence[LayerCache], n_new: int) -> int:
         """Told of every forward that decoded ``n_new`` tokens: how many of the newest decoded tokens a dense pass must
         compute anew now."""
         return 0
@@ -56,5 +57,3 @@ class PolicyConfigBase(BaseModel):
     def check(self, *, recent: int, kinds: tuple[str, ...]) -> None:
         """Raises ValueError where it cannot work with this window of ``recent`` tokens or beside these other
         policies."""
-
-

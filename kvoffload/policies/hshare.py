@@ -77,7 +77,8 @@ class PairedHeads(Chooser):
         ranking = self._inner.rank(layer, scores, anchor_lse)
         counts = torch.full_like(ranking[:, 0], layer.budget(layer.n_tokens) // n_heads)
         if self._leaders is None:
-            self._leaders = pair_heads(page_mask(*reversed(take_best(ranking, counts)), *ranking.shape), n_heads)
+            row_ids, page_ids = take_best(ranking, counts)
+            self._leaders = pair_heads(page_mask(page_ids, row_ids, rows, ranking.shape[1]), n_heads)
         return Selection(*take_best(ranking[self._leaders], counts)), scores
 
 

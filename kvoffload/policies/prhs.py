@@ -50,9 +50,7 @@ class Prhs(Policy):
             layer.page_filter = SlidingWindow(config, depth)
         if config.block > 1:
             dilation = Dilation(config.hits, config.reach) if config.hits and config.reach else None
-            layer.chooser = Reusing(
-                layer.chooser, block=config.block, gate=QueryGate(config.tau), dilation=dilation
-            )
+            layer.chooser = Reusing(layer.chooser, block=config.block, gate=QueryGate(config.tau), dilation=dilation)
 
 
 class SlidingWindow:
@@ -80,4 +78,5 @@ def first_position(depth: Depth, n_tokens: int, *, start: int, keep: float, powe
     place = depth.place + 1
     if place <= start:
         return 0
-    return math.floor((1 - keep ** (power * (place - start) / (depth.count - start))) * n_tokens)
+    kept: float = keep ** (power * (place - start) / (depth.count - start))
+    return math.floor((1 - kept) * n_tokens)

@@ -126,7 +126,9 @@ class RefreshReading(WrapperReading):
         shape, parts, largest = layer.geometry, [Partial.weigh(logits, layer.anchors.values)], []
         for pages in stream(layer, layer.fetch.decode):
             keys = pages.keys.flatten(1, 2).float().transpose(-1, -2)
-            page_logits = soft_cap(by_row(query, shape.rows) @ keys, shape.softcap) + pages.log_valid().flatten(1)[:, None]
+            page_logits = (
+                soft_cap(by_row(query, shape.rows) @ keys, shape.softcap) + pages.log_valid().flatten(1)[:, None]
+            )
             parts = [merge([*parts, Partial.weigh(page_logits, pages.values.flatten(1, 2))])]
             largest.append(page_logits.unflatten(-1, (-1, shape.page_size)).amax(-1))
         weights = (torch.cat(largest, -1) - parts[0].lse[..., None]).amax(1)

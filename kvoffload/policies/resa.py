@@ -8,6 +8,7 @@ set a group). Page digests need no rebuild, since the tokens of a pass are in th
 and heads and summed over steps, exceeds it (ours), and after ``every`` tokens at the latest.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -28,7 +29,9 @@ class ResaPolicyConfig(PolicyConfigBase):
 
     def check(self, *, recent: int, kinds: tuple[str, ...]) -> None:
         if self.every > recent:
-            raise ValueError(f"policy resa: every={self.every} must not exceed recent={recent}: sealed pages never change")
+            raise ValueError(
+                f"policy resa: every={self.every} must not exceed recent={recent}: sealed pages never change"
+            )
 
 
 class Resa(Policy):
@@ -43,7 +46,7 @@ class Resa(Policy):
     def run_length(self, limit: int) -> int:
         return min(limit, 1 if self._mass is not None else self._every - self._n_tokens)
 
-    def dense_tokens(self, layers: list[LayerCache], n_new: int) -> int:
+    def dense_tokens(self, layers: Sequence[LayerCache], n_new: int) -> int:
         self._n_tokens += n_new
         if self._n_tokens < self._every and not self._exceeded(layers):
             return 0
@@ -51,11 +54,11 @@ class Resa(Policy):
         self.n_passes += 1
         return n_tokens
 
-    def _exceeded(self, layers: list[LayerCache]) -> bool:
+    def _exceeded(self, layers: Sequence[LayerCache]) -> bool:
         return self._mass is not None and dropped_mass(layers) - self._dropped_before > self._mass
 
 
-def dropped_mass(layers: list[LayerCache]) -> float:
+def dropped_mass(layers: Sequence[LayerCache]) -> float:
     """The completion's share of the total mass, meant over layers and heads and summed over steps; waits for the
     device."""
     masses = [float(x.meter.completion_mass) for x in layers if x.meter.completion_mass is not None]

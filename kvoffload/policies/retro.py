@@ -5,8 +5,8 @@ A forward has ``window`` query rows. Only the newest selects and loads pages; an
 it has not seen yet, and the supplement is merged into its cached output by log-sum-exp. All rows go on through the
 layer's other parts, so the keys and values of the older tokens are written anew in every deeper layer.
 
-Built from notes and reviews; the official repository holds no code. Filled in: the log-sum-exp beside each cached output,
-and a mask of pages a row has seen instead of the table of last loads. Deviations: the anchors' part of an older row is
+Built from notes and reviews; the official repository holds no code. Filled in: the log-sum-exp beside each output, and
+a mask of pages a row has seen instead of the table of last loads. Deviations: the anchors' part of an older row is
 not cached but computed anew from its new query and the window as it is now, since it costs no reads; a page that seals
 while a row is revisable is supplemented to it from the window, because the row had seen its tokens there. The cached
 part belongs to the row's older query, as in the paper, so it is exact in the first layer only. Beside a completion
@@ -41,7 +41,9 @@ class RetroPolicyConfig(PolicyConfigBase):
 
     def check(self, *, recent: int, kinds: tuple[str, ...]) -> None:
         if self.window > recent:
-            raise ValueError(f"policy retro: window={self.window} must not exceed recent={recent}: sealed pages never change")
+            raise ValueError(
+                f"policy retro: window={self.window} must not exceed recent={recent}: sealed pages never change"
+            )
         if "refresh" in kinds:
             raise ValueError("policy retro: refresh has full passes, which load no pages: give one of the two")
 

@@ -147,11 +147,12 @@ class Reusing(Chooser):
         counts = row_ids.bincount(minlength=len(failed)) * failed_there
         new = take_best(ranking, counts)
         old = ~failed_there[row_ids]
-        read = [torch.cat([mine[old], fresh]) for mine, fresh in zip((row_ids, page_ids), new, strict=True)]
+        read = Selection(torch.cat([row_ids[old], new[0]]), torch.cat([page_ids[old], new[1]]))
         later = self._dilated(ranking, *new)
         self._kept = torch.cat([row_ids[old], later[0]]), torch.cat([page_ids[old], later[1]])
+        assert self._queries is not None
         self._queries = torch.where(failed[:, None, None], query, self._queries)
-        return Selection(*read), scores
+        return read, scores
 
     def _of_block(self) -> tuple[Tensor, Tensor]:
         assert self._kept is not None, "a block begins with a choice"

@@ -3,7 +3,7 @@ the votes of all heads are added, and the best tokens are one set for all heads;
 similar (its "Selection Cache").
 
 A page's vote is the sum of its tokens' votes, so ``page_size = 1`` is the original's unit; with larger pages the
-set is one of pages. Its first step through CIS' code: the selection cache is CIS without blocks and dilation.
+set is one of pages. The selection cache is PrHS' index sharing without blocks and dilation (reuse.py).
 Deviations: keys are kept rotated, as the runtime keeps them, so positions are the true ones and not those of the packed
 set (which is what lets the original leave the trained range); prefill is exact; no max-pooling over positions.
 """

@@ -138,6 +138,7 @@ class Session:
             ttft_s=self._ttft_s,
             tpot_ms=self._step_s / self._n_steps * 1000 if self._n_steps else None,
             bounded_bytes=self.cache.bounded_bytes,
+            max_dropped_mass=self._config.max_dropped_mass,
         )
 
     def _encode(self, prompt: str | list[int] | Tensor) -> list[int]:
