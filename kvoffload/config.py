@@ -40,8 +40,9 @@ def variants(union: Any) -> dict[str, type[BaseModel]]:
 VARIANTS = {
     "selector": variants(SelectorConfig),
     "completion": variants(CompletionConfig),
-    "policy": variants(PolicyConfig),
 }
+POLICIES = variants(PolicyConfig)
+_KINDS = {**VARIANTS, "policy": POLICIES}
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -143,7 +144,7 @@ class RuntimeConfig(BaseModel):
     layer_budgets: Path | None = None
     sinks: int = Field(default=16, ge=0)
     recent: int = Field(default=64, ge=1)
-    page_size: int = Field(default=16, ge=4, le=256)
+    page_size: int = Field(default=16, ge=1, le=256)
     prefill_chunk: OptionalCount = None
     index: Literal["device", "cpu"] = "device"
     gpu_cache: OptionalSize = None
@@ -162,7 +163,7 @@ class RuntimeConfig(BaseModel):
                 raise ValueError(f"policy: {config.kind!r} is given twice")
             config.check(recent=self.recent, kinds=kinds[:i] + kinds[i + 1 :])
         if self.page_size & (self.page_size - 1):
-            raise ValueError(f"page_size: {self.page_size} is not a power of two from 4 to 256")
+            raise ValueError(f"page_size: {self.page_size} is not a power of two from 1 to 256")
         if len(self.completion) > 1 and not self.gate:
             names = "+".join(config.kind for config in self.completion)
             raise ValueError(f"completion: {names!r} is more than one; give one, or let --gate choose")
@@ -256,7 +257,7 @@ def _explain_one(detail: ErrorDetails, accepted: tuple[str, ...]) -> str:
         case "union_tag_invalid":
             return f"{name}: {context['tag']!r} is unknown; accepted: {_plain(context['expected_tags'])}"
         case "union_tag_not_found":
-            return f"{name}: {detail['input']!r} names no kind; accepted: {', '.join(VARIANTS[name])}"
+            return f"{name}: {detail['input']!r} names no kind; accepted: {', '.join(_KINDS[name])}"
         case "literal_error":
             return f"{name}: {detail['input']!r} is unknown; accepted: {_plain(context['expected'])}"
         case "extra_forbidden":
@@ -271,8 +272,8 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 def _siblings(loc: tuple[int | str, ...], accepted: tuple[str, ...]) -> Iterable[str]:
     """The names that could have stood where an unknown one did."""
     names = [part for part in loc if isinstance(part, str)]
-    if len(names) == 3 and names[0] in VARIANTS:
-        return [field for field in VARIANTS[names[0]][names[1]].model_fields if field != "kind"] or ["no options"]
+    if len(names) == 3 and names[0] in _KINDS:
+        return [field for field in _KINDS[names[0]][names[1]].model_fields if field != "kind"] or ["no options"]
     return accepted
 
 

@@ -50,11 +50,12 @@ class Meter:
     """The mass that was not read in the steps that were audited, fp32 [rows, R] each, in host memory."""
     written: Moved = field(default_factory=Moved)
 
-    def count_steps(self, n_steps: int, n_tokens: int, index_bytes: int, state_bytes: int, mass: Tensor) -> None:
-        """Steps at a context of up to ``n_tokens``, each with one token more than the one before it."""
+    def count_steps(self, n_steps: int, n_tokens: int, index_read: int, state_bytes: int, mass: Tensor) -> None:
+        """Steps at a context of up to ``n_tokens``, each with one token more than the one before it, which read
+        ``index_read`` bytes of a slow index together and touched ``state_bytes`` each."""
         self.steps += n_steps
         self.context_tokens += n_steps * n_tokens - n_steps * (n_steps - 1) // 2
-        self.index_bytes_read += n_steps * index_bytes
+        self.index_bytes_read += index_read
         self.state_bytes_touched += n_steps * state_bytes
         mean = mass.mean() * n_steps
         self.completion_mass = mean if self.completion_mass is None else self.completion_mass + mean
@@ -99,6 +100,8 @@ class LayerCache:
         self.chooser: Chooser = TopK()
         self.page_filter: PageFilter | None = None
         self.n_revised = 0
+        self._n_scored_before = 0
+        self._scored: tuple[Tensor, Tensor] | None = None  # the step's queries and scores, until it is over
 
     @property
     def n_tokens(self) -> int:
@@ -161,10 +164,14 @@ class LayerCache:
 
     def score(self, query: Tensor, n_rows: int | None = None) -> Tensor:
         """Log masses of all pages for scaled queries [rows * Q, R, D], fp32 [rows * Q, R, P] on the selector's device;
-        counted for the ``n_rows`` rows that need them, all where it is None."""
-        device, rows = self.selector.device, self.geometry.rows
+        counted for the ``n_rows`` rows that need them, all where it is None; those of one step are made once."""
+        if self._scored is not None and self._scored[0] is query:
+            return self._scored[1]
         self.meter.scored_rows += query.shape[0] if n_rows is None else n_rows
-        return self.selector.score(by_row(query, rows).to(device)).reshape(*query.shape[:2], -1)
+        rows = by_row(query, self.geometry.rows).to(self.selector.device)
+        scores = self.selector.score(rows).reshape(*query.shape[:2], -1)
+        self._scored = (query, scores) if n_rows is None else None
+        return scores
 
     def filtered(self, scores: Tensor) -> Tensor:
         """The scores that pages are ranked by."""
@@ -186,7 +193,10 @@ class LayerCache:
                 t.unflatten(0, (self.geometry.rows, -1))[:, self.n_revised :].flatten(0, 1) for t in (query, mass)
             )
         n_steps = mass.shape[0] // self.geometry.rows
-        self.meter.count_steps(n_steps, self.n_tokens, index_bytes if self._index_is_read else 0, state_bytes, mass)
+        n_scored, self._n_scored_before = self.meter.scored_rows - self._n_scored_before, self.meter.scored_rows
+        index_read = index_bytes * n_scored // self.geometry.rows if self._index_is_read else 0
+        self.meter.count_steps(n_steps, self.n_tokens, index_read, state_bytes, mass)
+        self._scored = None
         for upkeep in self.upkeep:
             upkeep.after_steps(self, query.unflatten(0, (self.geometry.rows, n_steps)))
 

@@ -44,7 +44,7 @@ class BoundedMass(WrapperReading):
         more = self._more(layer, query, read)
         if more is None:
             return read
-        scores = layer.score(query, int((more > 0).sum()))
+        scores = layer.score(query)
         ranking = layer.chooser.rank(layer, scores, logits.logsumexp(-1)).to(query.device)
         if query.shape[0] == layer.geometry.rows:
             layer.chooser.forget(more > 0)
