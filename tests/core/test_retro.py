@@ -17,8 +17,8 @@ N_PROMPT, N_NEW, WINDOW = 120, 30, 5
 
 
 def revised(layer, given, first, n, window=WINDOW):
-    """Forwards of the tokens from ``first`` on, each with the ``window`` - 1 before it anew: outputs and log-sum-exps of
-    all their rows, [rows, R, Q, Dv + 1] each, oldest query first."""
+    """Forwards of the tokens from ``first`` on, each with the ``window`` - 1 before it anew: outputs and log-sum-exps
+    of all their rows, [rows, R, Q, Dv + 1] each, oldest query first."""
     query, keys, values = given
     found = []
     for i in range(first, first + n):

@@ -1,5 +1,7 @@
 """Choosing once and reusing the choice: PrHS, its baseline HShare, and TokenSelect."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from heads import geometry
@@ -75,7 +77,7 @@ def test_dilated_sets_keep_nine_tenths_of_the_oracles_mass_and_beat_random_extra
         shares = masses_of(queries[start], keys)
         row_ids, page_ids = take_best(shares, counts)
         dilated = dilation.dilate(shares, row_ids, page_ids, counts)
-        n_extra = len(set(zip(*map(tuple, (t.tolist() for t in dilated)))) - pairs(row_ids, page_ids))
+        n_extra = len(pairs(*dilated) - pairs(row_ids, page_ids))
         for query in queries[start + 1 : start + 8]:
             passed = gate.passes(query, queries[start])
             now = masses_of(query, keys).exp()
@@ -195,7 +197,7 @@ def test_a_window_begins_behind_its_layer_and_grows_towards_the_last():
     starts = [first_position(Depth(i, 12), 1000, start=4, keep=0.5, power=2.0) for i in range(12)]
     assert starts[:4] == [0, 0, 0, 0]
     assert sorted(starts) == starts
-    assert all(a < b for a, b in zip(starts[3:], starts[4:], strict=False))
+    assert all(a < b for a, b in pairwise(starts[3:]))
     assert starts[-1] == 750  # the last layer keeps 0.5^2
 
 
