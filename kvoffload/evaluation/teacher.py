@@ -11,6 +11,7 @@ from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefill import prepare
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
+from kvoffload.models.freeze import frozen_states
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}  # of all sequences together
 _FETCHED_BYTES = (
@@ -25,7 +26,8 @@ def prefill(model: Any, cache: OffloadCache, ids: Tensor) -> Tensor:
     size = cache.config.prefill_chunk or max(_CHUNK_TOKENS.get(model.device.type, 1024) // len(ids), 1)
     with cache.prefilling():
         for chunk in ids.to(model.device).split(size, dim=1):
-            logits: Tensor = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            with frozen_states(model, cache.freezing, cache.get_seq_length()):
+                logits: Tensor = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     for layer in cache.offloaded:
         prepare(layer)
     return logits[:, -1].float()

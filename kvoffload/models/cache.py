@@ -26,6 +26,8 @@ from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
 from kvoffload.geometry import Geometry
 from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
+from kvoffload.models.freeze import SharedKv
+from kvoffload.policies.base import Depth, Freezing
 from kvoffload.values import Partial, query_rows
 
 _UPDATED: ContextVar["OffloadLayer | None"] = ContextVar("updated layer", default=None)
@@ -89,6 +91,7 @@ class OffloadLayer(CacheLayerMixin):
             return prefill(kv, q, k, v, kv.fetch.decode)
         one_by_one = q.shape[2] == 1 or self._cache.stepping
         if self._cache.exact or kv.n_tokens == 0 or not one_by_one:
+            k, v = self._cache.freeze(self._place, kv.n_tokens, k, v)
             self._note_padding(kv, mask)
             kv.remember_queries(q)
             return prefill(kv, q, k, v)
@@ -186,6 +189,7 @@ class OffloadCache(DynamicCache):
         self.config, self.exact, self.stepping, self.rectifies = config, False, False, False
         self.policies = [policy.build() for policy in config.policy]
         self.anew = Anew(self.policies)
+        self._shared_kv = SharedKv(self.freezing) if self.freezing and self.freezing.what == "kv" else None
         if self.anew.is_wanted and self.n_offloaded < len(self.layers):
             raise UsageError("policy: layers with bounded KV (sliding windows) do not allow to compute tokens anew")
         self._expected_tokens = expected_tokens
@@ -237,6 +241,17 @@ class OffloadCache(DynamicCache):
             yield
         finally:
             self.exact = False
+
+    @property
+    def freezing(self) -> Freezing | None:
+        """What prefills freeze of early tokens."""
+        return next((policy.freezing for policy in self.policies if policy.freezing is not None), None)
+
+    def freeze(self, place: int, n_before: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What a prefill gives a layer as keys and values [rows, n, D], [rows, n, Dv] of a chunk."""
+        if self._shared_kv is None:
+            return keys, values
+        return self._shared_kv.share(Depth(place, self.n_offloaded), n_before, keys, values)
 
     @contextmanager
     def decoding(self, *, n_revised: int = 0) -> Iterator[None]:
@@ -293,6 +308,10 @@ class OffloadCache(DynamicCache):
     def copy_prefill(self, *sources: "OffloadCache") -> None:
         """Begin with the tokens of another cache of the same model, page size and anchors, whatever its tier and
         policies; those of several single sequences become a batch, padded at the left."""
+        if self.freezing is not None:
+            raise UsageError(
+                "policy prhs: freeze_from changes the prefill, which cannot be one that was made without it"
+            )
         same = ("page_size", "sinks", "recent")
         if any(getattr(self.config, name) != getattr(source.config, name) for name in same for source in sources):
             raise UsageError(f"a prefill can only be copied between equal {', '.join(same)}")

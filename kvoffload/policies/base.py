@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,6 +17,16 @@ class Depth:
     count: int
 
 
+@dataclass(frozen=True)
+class Freezing:
+    """What a prefill freezes of early tokens (models/freeze.py), from layer ``start`` on."""
+
+    what: Literal["hidden", "kv"]
+    start: int
+    keep: float
+    power: float
+
+
 class Policy:
     """One policy at work on one cache. What it does to a layer it does by wrapping ``layer.chooser`` or
     ``layer.reading``, or by setting ``layer.page_filter``, when the layer begins; policies are attached in the order in
@@ -23,6 +34,9 @@ class Policy:
 
     n_revised: int = 0
     """Newest decoded tokens that every forward computes anew beside its own."""
+
+    freezing: Freezing | None = None
+    """What prefills freeze of early tokens."""
 
     max_dense: int = 0
     """Newest decoded tokens that a dense pass may compute anew; 0 where there is none."""

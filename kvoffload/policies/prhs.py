@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
-from kvoffload.policies.base import Depth, Policy, PolicyConfigBase
+from kvoffload.policies.base import Depth, Freezing, Policy, PolicyConfigBase
 from kvoffload.policies.reuse import Dilation, QueryGate, Reusing
 
 
@@ -35,6 +35,10 @@ class PrhsPolicyConfig(PolicyConfigBase):
     window_from: int = Field(0, ge=0)
     window_keep: float = Field(0.5, gt=0, le=1)
     window_power: float = Field(1.0, ge=0)
+    freeze: Literal["hidden", "kv"] = "hidden"
+    freeze_from: int = Field(0, ge=0)
+    freeze_keep: float = Field(0.5, gt=0, le=1)
+    freeze_power: float = Field(1.0, ge=0)
 
     def build(self) -> Policy:
         return Prhs(self)
@@ -43,6 +47,8 @@ class PrhsPolicyConfig(PolicyConfigBase):
 class Prhs(Policy):
     def __init__(self, config: PrhsPolicyConfig) -> None:
         self._config = config
+        if config.freeze_from:
+            self.freezing = Freezing(config.freeze, config.freeze_from, config.freeze_keep, config.freeze_power)
 
     def attach(self, layer: LayerCache, depth: Depth) -> None:
         config = self._config

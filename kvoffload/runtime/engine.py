@@ -58,7 +58,7 @@ class Runtime:
         cache serves one batch of sequences; close it afterwards. num_beams > 1 is refused.
         """
         cache = OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens)
-        if cache.anew.is_wanted:
+        if cache.anew.is_wanted or cache.freezing is not None:
             kinds = "+".join(config.kind for config in self.config.policy)
             raise UsageError(f"policy: {kinds!r} computes tokens anew, which the stock generate cannot: use a session")
         self._take_over(hf_model)

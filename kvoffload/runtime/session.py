@@ -13,6 +13,7 @@ from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
+from kvoffload.models.freeze import frozen_states
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.runtime.stats import Stats, collect
 
@@ -76,7 +77,8 @@ class Session:
         with self.cache.prefilling():
             done = 0
             for chunk in torch.tensor(pending, device=self._model.device).tensor_split(self._n_chunks(total)):
-                self._logits = self._forward(chunk[None])
+                with frozen_states(self._model, self.cache.freezing, self.cache.get_seq_length()):
+                    self._logits = self._forward(chunk[None])
                 done += len(chunk)
                 if on_progress is not None:
                     on_progress(Progress(done, total, self._bytes_moved()))

@@ -228,3 +228,53 @@ def test_what_the_policy_cannot_work_with_is_refused(loaded):
             RuntimeConfig(**(BASE | {"policy": policy}))
     with pytest.raises(UsageError, match="use a session"):
         Runtime(None, RuntimeConfig(**(BASE | {"policy": "retro"}))).attach(loaded.model)
+
+
+FROZEN = {"policy": "prhs:block=1,freeze_from=1,freeze_keep=0.25", "budget": "100%"}
+
+
+def prefilled(model, **fields):
+    """Logits after a prompt and the keys and values of every layer."""
+    with OffloadCache(model.config, RuntimeConfig(**(BASE | fields))) as cache:
+        logits = prefill(model, cache, ids()[:, :N_PROMPT])
+        return logits, keys_and_values(cache)
+
+
+@pytest.mark.parametrize("what", ["hidden", "kv"])
+def test_what_freezes_nothing_changes_nothing(model, what):
+    logits, plain = prefilled(model)
+    for options in (f"freeze={what},freeze_from=1,freeze_keep=1", f"freeze={what},freeze_from=99"):
+        given, state = prefilled(model, policy=f"prhs:block=1,{options}")
+        assert torch.equal(given, logits)
+        assert all(torch.equal(a, b) for a, b in zip(state, plain, strict=True))
+
+
+def test_shared_keys_and_values_are_the_first_layers(model):
+    _, plain = prefilled(model)
+    logits, state = prefilled(model, policy="prhs:block=1,freeze=kv,freeze_from=1,freeze_keep=0.25")
+    n_layers = len(state) // 2
+    for layer in range(1, n_layers):
+        n_frozen = int((1 - 0.25 ** (layer / (n_layers - 1))) * N_PROMPT)
+        for i in range(2):
+            assert torch.equal(state[2 * layer + i][:, :n_frozen], plain[i][:, :n_frozen])
+            assert not torch.allclose(state[2 * layer + i][:, n_frozen:], plain[i][:, n_frozen:], atol=1e-3)
+    assert not torch.allclose(logits, prefilled(model)[0], atol=1e-4)
+
+
+def test_frozen_states_give_later_layers_keys_of_their_own(model):
+    _, plain = prefilled(model)
+    logits, state = prefilled(model, policy="prhs:block=1,freeze=hidden,freeze_from=1,freeze_keep=0.25")
+    assert torch.equal(state[0], plain[0])
+    last = len(state) - 2
+    assert not torch.allclose(state[last][:, :8], plain[0][:, :8], atol=1e-3)
+    assert not torch.allclose(state[last], plain[last], atol=1e-4)
+    assert not torch.allclose(logits, prefilled(model)[0], atol=1e-4)
+
+
+def test_a_sweep_refuses_what_changes_the_prefill_that_its_cells_share(loaded):
+    source = RuntimeConfig(**BASE)
+    config = RuntimeConfig(**(BASE | FROZEN))
+    with OffloadCache(loaded.model.config, source) as one, OffloadCache(loaded.model.config, config) as other:
+        prefill(loaded.model, one, ids()[:, :N_PROMPT])
+        with pytest.raises(UsageError, match="freeze"):
+            other.copy_prefill(one)
