@@ -110,7 +110,11 @@ SelectorField = Annotated[SelectorConfig, BeforeValidator(_variant)]
 CompletionsField = Annotated[
     tuple[Annotated[CompletionConfig, BeforeValidator(_variant)], ...], BeforeValidator(_several), Field(min_length=1)
 ]
-PoliciesField = Annotated[tuple[Annotated[PolicyConfig, BeforeValidator(_variant)], ...], BeforeValidator(_policies)]
+PoliciesField = Annotated[
+    tuple[Annotated[PolicyConfig, BeforeValidator(_variant)], ...],
+    BeforeValidator(_policies),
+    PlainSerializer(lambda value: [p.model_dump(mode="json") for p in value] or "none", when_used="json"),
+]
 OptionalShare = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, *_word_for_none("off")]
 
 

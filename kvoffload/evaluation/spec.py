@@ -97,11 +97,10 @@ class SweepSpec(BaseModel):
         """The methods, each once."""
         if bool(self.selectors) != bool(self.completions):
             raise UsageError("selectors and completions are combined: give both, or --methods")
-        for name, given in (("pool", self.pools), ("policy", self.policies)):
+        for several, one, given in (("pools", "pool", self.pools), ("policies", "policy", self.policies)):
             if given and not self.selectors:
                 raise UsageError(
-                    f"{', '.join(given)}: combined with selectors and completions, which are missing: write @{name}= "
-                    "behind a method instead"
+                    f"{several} are combined with selectors and completions: write @{one}= behind a method instead"
                 )
         names = [*self.methods, *cross(self.selectors, self.completions, self.pools, self.policies)]
         if not names:
@@ -119,7 +118,9 @@ class SweepSpec(BaseModel):
         """Raises UsageError for everything that can be refused without a tokenizer."""
         for method in self.compared:
             for budget in self.budgets_of(method):
-                method.config(budget, self.common)
+                config = method.config(budget, self.common)
+                if any(policy.build().freezing is not None for policy in config.policy):
+                    raise UsageError(f"method {method.name!r}: freeze_from changes the prefill, which all cells share")
         Method.parse(self.baseline)
         self.task.check(self.contexts)
 

@@ -33,10 +33,10 @@ class Stats:
     completion_mass: float | None
     hit_rate: float | None
     gate_abstain_share: float | None
-    scored_share: float | None
-    max_dropped_mass: float | None
-    dropped_mass: float | None
-    dropped_mass_held: float | None
+    scored_share: float | None = None
+    max_dropped_mass: float | None = None
+    dropped_mass: float | None = None
+    dropped_mass_held: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
