@@ -20,7 +20,7 @@ Seed = Annotated[int | None, flag("--seed", help="Seed of the samples and of the
 Contexts = Annotated[str | None, flag("--contexts", help="Prompt tokens, as in 4096,8k.")]
 Budgets = Annotated[str | None, flag("--budgets", help="As in 1%,2%,5%.")]
 BaselineBudgets = Annotated[
-    str | None, flag("--baseline-budgets", help="More budgets, for methods without a completion only.")
+    str | None, flag("--baseline-budgets", help="More budgets, for methods with neither completion nor policy.")
 ]
 Selectors = Annotated[
     str | None,

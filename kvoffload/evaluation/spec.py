@@ -110,8 +110,9 @@ class SweepSpec(BaseModel):
 
     def budgets_of(self, method: Method) -> tuple[str, ...]:
         """The budgets of a method; selection-only ones also run at ``baseline_budgets``, so that their curve reaches
-        what others are charged."""
-        extra = self.baseline_budgets if method.completion == "none" else ()
+        what others are charged. Those with a policy or a page cache do not."""
+        is_plain = method.completion == "none" and not method.fields.keys() & {"policy", "gpu_cache"}
+        extra = self.baseline_budgets if is_plain else ()
         return tuple(dict.fromkeys(str(budget) for budget in (*self.budgets, *extra)))
 
     def check(self) -> None:

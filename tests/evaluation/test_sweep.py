@@ -285,3 +285,10 @@ def test_policies_that_cannot_be_compared_are_refused_before_weights_load(sweep,
     code, _, stderr = sweep("--budgets", "10%", *arguments)
     assert (code, stderr.count("\n")) == (2, 1)
     assert told in stderr
+
+
+def test_more_budgets_are_for_methods_with_neither_completion_nor_policy(tmp_path, text):
+    methods = "bounds/none;bounds/pages;bounds/none@policy=prhs;bounds/none@gpu_cache=1M"
+    flags = {"model": "tiny", "task": "kl", "text": [text], "contexts": "120", "budgets": "5%", "out": tmp_path}
+    spec = load_spec({**flags, "methods": methods, "baseline_budgets": "10%,20%"}, None)
+    assert [len(spec.budgets_of(method)) for method in spec.compared] == [3, 1, 1, 1]
