@@ -122,7 +122,8 @@ def _row(cell: CellResult, metric: Metric) -> Row:
         pool=first.cell["pool"], budget=cell.budget, charged_share=cell.cost("charged_share"),
         read_share=cell.cost("read_share"), index_bytes_per_token=cell.cost("index_bytes_per_token"),
         gate_abstains=cell.cost("gate_abstains"), scored_share=cell.cost("scored_share"),
-        dropped_mass=cell.cost("dropped_mass"), dropped_mass_held=cell.cost("dropped_mass_held"), metric=metric.name, value=value, stderr=error,
+        dropped_mass=cell.cost("dropped_mass"), dropped_mass_held=cell.cost("dropped_mass_held"),
+        metric=metric.name, value=value, stderr=error,
         n=sum(r.n for r in cell.results if metric.name in r.values), samples=len(values), seed=first.seed,
         commit=",".join(sorted({r.commit for r in cell.results})),
     )  # fmt: skip

@@ -1,11 +1,13 @@
 """Policies on a whole model: what they compute anew, what they cost, and that they are off when they are off."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import SMALL
 from torch.testing import assert_close
 
-from kvoffload.config import RuntimeConfig, SamplingConfig
+from kvoffload.config import POLICIES, RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.evaluation.tasks.generation import answer, prefill_prompt
 from kvoffload.evaluation.teacher import prefill, teacher_forced
@@ -80,6 +82,20 @@ def test_a_full_budget_is_dense(model, policy, offload):
 def test_nothing_is_lost_or_counted_twice_beside_the_exact_completion(model, policy):
     expected = run(model, budget="100%")
     assert_close(run(model, policy=policy, completion="exact"), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_every_policy_of_the_union_keeps_its_promises_as_it_comes(model, kind):
+    """Dense at a full budget; dense beside the exact completion; no step selects more than its budget."""
+    fields = {"recent": 40, "budget": "100%"}
+    expected = run(model, **fields)
+    assert_close(run(model, policy=kind, **fields), expected, atol=1e-4, rtol=1e-4)
+    fields = {"recent": 40, "budget": "8%", "completion": "exact"}
+    asked = []
+    given = run(model, lambda cache: asked.append([x.fetch.n_asked for x in cache.offloaded]), policy=kind, **fields)
+    assert_close(given, expected, atol=1e-4, rtol=1e-4)
+    most = int(0.08 * (N_PROMPT + N_NEW)) // 4 * 2 + 1
+    assert all(b - a <= most for old, new in pairwise(asked) for a, b in zip(old, new, strict=True))
 
 
 @pytest.mark.parametrize("policy", ON)
