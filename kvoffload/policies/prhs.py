@@ -22,15 +22,18 @@ from kvoffload.policies.reuse import Dilation, QueryGate, Reusing
 
 
 class PrhsPolicyConfig(PolicyConfigBase):
-    """CIS: blocks of ``block`` steps, gate ``tau``, the best ``hits`` of the pages dilated by ``reach`` pages. PSAW:
-    from layer ``window_from`` on (counted from 1; 0 is off), keeping ``window_keep`` (phi) ^ ``window_power`` (alpha)
-    of the context in the last layer. ETF: the same with ``freeze_*`` (psi, gamma), freezing hidden states or sharing
-    the first layer's K and V."""
+    """CIS: blocks of ``block`` steps, gate ``tau``, ``anchors`` scored queries kept of each head (1 as in the paper; with
+    more, a head inherits from the most similar one), the best ``hits`` of the pages dilated by ``reach`` pages. The
+    paper dilates the best third of the tokens by one token: one in eight of those lies at an edge of its page of 16.
+    PSAW: from layer ``window_from`` on (counted from 1; 0 is off), keeping ``window_keep`` (phi) ^ ``window_power``
+    (alpha) of the context in the last layer. ETF: the same with ``freeze_*`` (psi, gamma), freezing hidden states or
+    sharing the first layer's K and V; only in prefills of its own."""
 
     kind: Literal["prhs"] = "prhs"
     block: int = Field(16, ge=1)
     tau: float = Field(0.8, ge=-1, le=1)
-    hits: float = Field(1 / 3, ge=0, le=1)
+    anchors: int = Field(1, ge=1, le=256)
+    hits: float = Field(1 / 24, ge=0, le=1)
     reach: int = Field(1, ge=0)
     window_from: int = Field(0, ge=0)
     window_keep: float = Field(0.5, gt=0, le=1)
@@ -56,7 +59,13 @@ class Prhs(Policy):
             layer.page_filter = SlidingWindow(config, depth)
         if config.block > 1:
             dilation = Dilation(config.hits, config.reach) if config.hits and config.reach else None
-            layer.chooser = Reusing(layer.chooser, block=config.block, gate=QueryGate(config.tau), dilation=dilation)
+            layer.chooser = Reusing(
+                layer.chooser,
+                block=config.block,
+                gate=QueryGate(config.tau),
+                dilation=dilation,
+                n_anchors=config.anchors,
+            )
 
 
 class SlidingWindow:

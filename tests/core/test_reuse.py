@@ -162,12 +162,12 @@ def test_scorings_are_at_most_the_blocks_and_the_failures(rho):
     shape = geometry(group_size=1)
     given = stream(shape, N_PROMPT + N_NEW, rho=rho)
     layer = filled(shape, given, N_PROMPT, selector="exact", completion="none", policy=f"prhs:block={BLOCK}")
-    failures, failed = [], layer.chooser._failed
-    layer.chooser._failed = lambda query: failures.append(found := failed(query)) or found
+    failures, nearest = [], layer.chooser._nearest
+    layer.chooser._nearest = lambda *args: failures.append((found := nearest(*args))[0]) or found
     steps(layer, given, N_PROMPT, N_NEW)
-    n_failed = sum(int(f.sum()) for f in failures if f is not None)
-    n_blocks = sum(f is None or bool(f.all()) for f in failures)
-    assert layer.meter.scored_rows <= n_blocks * shape.rows + n_failed
+    n_blocks = N_NEW - len(failures)  # steps that began one without asking
+    assert n_blocks <= -(-N_NEW // BLOCK)
+    assert layer.meter.scored_rows <= n_blocks * shape.rows + sum(int(f.sum()) for f in failures)
     assert (layer.meter.scored_rows < 0.7 * shape.rows * N_NEW) == (rho > 0.8)
 
 
@@ -183,6 +183,24 @@ def test_rows_that_fail_are_scored_anew_and_the_others_keep_their_pages():
     assert turned[0] == turned[1] != turned[2] == turned[3]
     assert len(turned[2]) == len(turned[0])
     assert layer.meter.scored_rows == 3
+
+
+def test_with_several_anchors_a_query_that_comes_back_is_not_scored_again():
+    """Two queries in turns: one anchor is right every second time, two are always."""
+    shape = geometry(group_size=1)
+    query, keys, values = stream(shape, N_PROMPT + N_NEW, rho=1.0)
+    query = query.clone()
+    query[:, :, N_PROMPT + 1 :: 2] *= -1
+    scored, sets = [], []
+    for anchors in (1, 2):
+        policy = f"prhs:block=1000,hits=0,anchors={anchors}"
+        layer = filled(shape, (query, keys, values), N_PROMPT, selector="exact", completion="none", policy=policy)
+        seen = watch_selections(layer)
+        steps(layer, (query, keys, values), N_PROMPT, N_NEW)
+        scored.append(layer.meter.scored_rows)
+        sets.append({frozenset(pairs_of(s)) for s in seen[2:]})
+    assert scored == [N_NEW * shape.rows, 2 * shape.rows]
+    assert len(sets[1]) == 2
 
 
 def test_an_inherited_selection_holds_the_best_hits_and_their_neighbours():
