@@ -22,9 +22,10 @@ from kvoffload.policies.reuse import Dilation, QueryGate, Reusing
 
 
 class PrhsPolicyConfig(PolicyConfigBase):
-    """CIS: blocks of ``block`` steps, gate ``tau``, ``anchors`` scored queries kept of each head (1 as in the paper; with
-    more, a head inherits from the most similar one), the best ``hits`` of the pages dilated by ``reach`` pages. The
-    paper dilates the best third of the tokens by one token: one in eight of those lies at an edge of its page of 16.
+    """CIS: blocks of ``block`` steps, gate ``tau``, ``anchors`` scored queries kept of each head (1 as in the paper;
+    with more, a head inherits from the most similar one), the best ``hits`` of the pages dilated by ``reach`` pages.
+    The paper dilates the best third of the tokens by one: one in eight of those lies at an edge of its page of 16.
+
     PSAW: from layer ``window_from`` on (counted from 1; 0 is off), keeping ``window_keep`` (phi) ^ ``window_power``
     (alpha) of the context in the last layer. ETF: the same with ``freeze_*`` (psi, gamma), freezing hidden states or
     sharing the first layer's K and V; only in prefills of its own."""
