@@ -21,11 +21,13 @@ class QueryGate:
     the cosine is above ``tau``, and no norm has changed by more than the factor ``norm_ratio`` where that is given.
 
     The cosine is taken of rotated queries, which is what the attention sees: two equal tokens at different places
-    differ by their rotation.
+    differ by their rotation. ``centred`` takes it of what differs from the mean query so far: where queries have a
+    large bias, all of them are alike without that.
     """
 
     tau: float
     norm_ratio: float | None = None
+    centred: bool = False
 
     def nearness(self, query: Tensor, anchors: Tensor, *, shared_rows: int = 1) -> Tensor:
         """Mean cosines of queries [rows, R, D] with each of A earlier ones [rows, A, R, D], fp32 [rows, A]; -inf where
@@ -104,10 +106,12 @@ class Reusing(Chooser):
         self._anchors: _Anchors | None = None
         self._counts = torch.zeros(0, dtype=torch.int64)  # slices of each row in the block's first step
         self._stale: Tensor | None = None
+        self._mean, self._n_queries = torch.zeros(()), 0  # of the queries so far, [rows, R, D]
 
     @property
     def resident_bytes(self) -> int:  # type: ignore[override]
-        return 0 if self._anchors is None else tensor_bytes(self._anchors.queries, self._anchors.rankings)
+        mean = tensor_bytes(self._mean) if self._n_queries else 0
+        return 0 if self._anchors is None else mean + tensor_bytes(self._anchors.queries, self._anchors.rankings)
 
     def forget(self, rows: Tensor) -> None:
         self._stale = rows if self._stale is None else self._stale | rows
@@ -119,6 +123,7 @@ class Reusing(Chooser):
         rows = layer.geometry.rows
         if query.shape[0] > rows or layer.reads_everything:
             return self._inner.choose(layer, query, anchor_lse)
+        self._add_to_mean(query)
         if self._anchors is None or self._age == self._block:
             return self._begin(layer, query, anchor_lse)
         failed, nearest = self._nearest(query, self._anchors)
@@ -140,13 +145,21 @@ class Reusing(Chooser):
         """Which rows must be scored anew, bool [rows], and each row's nearest anchor, int64 [rows]."""
         failed, nearest = (torch.zeros(query.shape[0], dtype=t, device=query.device) for t in (torch.bool, torch.int64))
         if self._gate is not None:
-            nearness, nearest = self._gate.nearness(query, anchors.queries, shared_rows=self._shared_rows).max(1)
+            earlier = anchors.queries
+            if self._gate.centred:
+                query, earlier = query - self._mean, earlier - self._mean[:, None]
+            nearness, nearest = self._gate.nearness(query, earlier, shared_rows=self._shared_rows).max(1)
             failed = nearness <= self._gate.tau
         if self._stale is not None:
             together = self._stale.view(-1, self._shared_rows).any(1)
             failed = failed | together.repeat_interleave(self._shared_rows)
         self._stale = None
         return failed, nearest
+
+    def _add_to_mean(self, query: Tensor) -> None:
+        if self._gate is not None and self._gate.centred:
+            self._n_queries += 1
+            self._mean = self._mean.to(query.device) + (query - self._mean.to(query.device)) / self._n_queries
 
     def _begin(self, layer: LayerCache, query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
         selection, scores = self._inner.choose(layer, query, anchor_lse)

@@ -185,6 +185,20 @@ def test_rows_that_fail_are_scored_anew_and_the_others_keep_their_pages():
     assert layer.meter.scored_rows == 3
 
 
+def test_a_common_bias_makes_queries_alike_unless_they_are_centred():
+    shape = geometry(group_size=1)
+    query, keys, values = stream(shape, N_PROMPT + N_NEW, rho=0.0)
+    biased = query + 10 * torch.ones(shape.key_dim)
+    scored = {}
+    for name, centred in (("raw", "false"), ("centred", "true")):
+        policy = f"prhs:block=1000,centred={centred}"
+        layer = filled(shape, (biased, keys, values), N_PROMPT, selector="exact", completion="none", policy=policy)
+        steps(layer, (biased, keys, values), N_PROMPT, N_NEW)
+        scored[name] = layer.meter.scored_rows
+    assert scored["raw"] == shape.rows
+    assert scored["centred"] > 0.9 * shape.rows * N_NEW
+
+
 def test_with_several_anchors_a_query_that_comes_back_is_not_scored_again():
     """Two queries in turns: one anchor is right every second time, two are always."""
     shape = geometry(group_size=1)
