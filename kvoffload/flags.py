@@ -50,7 +50,8 @@ Completion = Annotated[
     str | None,
     flag("--completion", help="What stands for the rest: regression, anchored, none, phi, pages, exact, page_mean, "
          "centroids, rank1, mean_value, moments, index_mass, sketch, keepkv or chelsea; options as in "
-         "phi:features=128; with --gate several, joined by +. regression and sketch work with selector transform or quantized.",
+         "phi:features=128; with --gate several, joined by +. regression and sketch work with selector transform or "
+         "quantized.",
          default="regression, or anchored with the other selectors"),
 ]  # fmt: skip
 Policy = Annotated[
