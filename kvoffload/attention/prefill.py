@@ -9,20 +9,21 @@ from kvoffload.attention.gate import choose_at_prefill
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.sample import take_sample
 from kvoffload.attention.stream import stream
-from kvoffload.cache.fetch import pack_pages
+from kvoffload.cache.fetch import Traffic, pack_pages
 from kvoffload.values import Partial, merge
 
 
-def prefill(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
+def prefill(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, traffic: Traffic | None = None) -> Partial:
     """Dense causal attention for a chunk: query [rows, R, Q, D], keys [rows, Q, D], values [rows, Q, Dv].
 
-    Earlier pages stream through the device block by block; the chunk's own pages leave for the store behind it.
+    Earlier pages stream through the device block by block (prefill traffic where none is given); the chunk's own pages
+    leave for the store behind it.
     """
     partials = [_attend(layer, query, keys, values, valid=_chunk_valid(layer, keys.shape[1]), causal=True)]
     if layer.n_tokens:
         anchors = layer.anchors
         partials.append(_attend(layer, query, anchors.keys, anchors.values, valid=_rows(anchors.valid(), layer)))
-    for pages in stream(layer):
+    for pages in stream(layer, traffic):
         flat = None if pages.valid is None else pages.valid.flatten(1)
         partials.append(_attend(layer, query, pages.keys.flatten(1, 2), pages.values.flatten(1, 2), valid=flat))
         partials = [merge(partials)]
@@ -47,6 +48,8 @@ def prepare(layer: LayerCache) -> None:
     for pages in stream(layer):
         layer.absorb(pages)
     layer.ready = True
+    layer.chooser.restart()
+    layer.reading.restart()
     for upkeep in layer.upkeep:
         upkeep.restart()
     if layer.gate is not None:

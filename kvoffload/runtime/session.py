@@ -12,6 +12,8 @@ from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
+from kvoffload.models.feed import feed
+from kvoffload.models.freeze import frozen_states
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.runtime.stats import Stats, collect
 
@@ -75,7 +77,8 @@ class Session:
         with self.cache.prefilling():
             done = 0
             for chunk in torch.tensor(pending, device=self._model.device).tensor_split(self._n_chunks(total)):
-                self._logits = self._forward(chunk[None])
+                with frozen_states(self._model, self.cache.freezing, self.cache.get_seq_length()):
+                    self._logits = self._forward(chunk[None])
                 done += len(chunk)
                 if on_progress is not None:
                     on_progress(Progress(done, total, self._bytes_moved()))
@@ -104,6 +107,7 @@ class Session:
             raise UsageError(f"cannot crop {n_tokens} of {len(self.token_ids)} tokens: at least one goes and one stays")
         kept = self.token_ids[: len(self.token_ids) - n_tokens]
         self.cache.crop(-(self.cache.get_seq_length() - (len(kept) - 1)))
+        self.cache.forget_decoded()
         self.token_ids = kept
 
     def stream(self, sampling: SamplingConfig | None = None) -> Iterator[StreamEvent]:
@@ -136,6 +140,7 @@ class Session:
             ttft_s=self._ttft_s,
             tpot_ms=self._step_s / self._n_steps * 1000 if self._n_steps else None,
             bounded_bytes=self.cache.bounded_bytes,
+            max_dropped_mass=self._config.max_dropped_mass,
         )
 
     def _encode(self, prompt: str | list[int] | Tensor) -> list[int]:
@@ -169,7 +174,7 @@ class Session:
     def _catch_up(self) -> Tensor:
         """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
         for token in self.token_ids[self.cache.get_seq_length() :]:
-            self._logits = self._forward(torch.tensor([[token]], device=self._model.device))
+            self._logits = feed(self._model, self.cache, torch.tensor([[token]], device=self._model.device))[:, -1]
         if self._logits is None:
             raise UsageError("prefill a prompt first: there is nothing to go on from")
         return self._logits

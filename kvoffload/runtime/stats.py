@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from kvoffload_storage.store import Moved
 
 from kvoffload.attention.layer import LayerCache
@@ -32,6 +33,10 @@ class Stats:
     completion_mass: float | None
     hit_rate: float | None
     gate_abstain_share: float | None
+    scored_share: float | None = None
+    max_dropped_mass: float | None = None
+    dropped_mass: float | None = None
+    dropped_mass_held: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +67,30 @@ class Reads:
         return Reads(read / n_steps, charged / n_steps, context / n_steps)
 
 
+@dataclass(frozen=True)
+class Audited:
+    """The dropped mass of the audited steps: its mean over steps, layers and query heads, and the share of them in
+    which it was at most the target (None without a target)."""
+
+    mean: float
+    held: float | None
+
+    @staticmethod
+    def of(layers: Sequence[LayerCache], target: float | None) -> "Audited | None":
+        """None before the first audited step."""
+        dropped = [mass.flatten() for layer in layers for mass in layer.meter.dropped]
+        if not dropped:
+            return None
+        masses = torch.cat(dropped)
+        return Audited(float(masses.mean()), None if target is None else float((masses <= target).float().mean()))
+
+
+def scored_share(layers: Sequence[LayerCache]) -> float | None:
+    """Kv heads and steps that scored their pages, as a share of all; None before the first step with pages."""
+    n_steps = sum(layer.meter.steps * layer.geometry.rows for layer in layers)
+    return sum(layer.meter.scored_rows for layer in layers) / n_steps if n_steps else None
+
+
 def collect(
     layers: Sequence[LayerCache],
     *,
@@ -70,6 +99,7 @@ def collect(
     ttft_s: float | None,
     tpot_ms: float | None,
     bounded_bytes: int = 0,
+    max_dropped_mass: float | None = None,
 ) -> Stats:
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers."""
     step_bytes = max((layer.fetch.step_bytes for layer in layers), default=0)
@@ -83,6 +113,7 @@ def collect(
     n_asked = sum(layer.fetch.n_asked for layer in layers)
     masses = [float(x.meter.completion_mass) / x.meter.steps for x in layers if x.meter.completion_mass is not None]
     chosen = [layer.gate.choice for layer in layers if layer.gate is not None and layer.gate.choice is not None]
+    audited = Audited.of(layers, max_dropped_mass)
     return Stats(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -102,4 +133,8 @@ def collect(
         completion_mass=sum(masses) / len(masses) if masses else None,
         hit_rate=sum(int(layer.fetch.n_hits) for layer in layers) / n_asked if n_asked else None,
         gate_abstain_share=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
+        scored_share=scored_share(layers),
+        max_dropped_mass=max_dropped_mass,
+        dropped_mass=audited.mean if audited else None,
+        dropped_mass_held=audited.held if audited else None,
     )
