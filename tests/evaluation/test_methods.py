@@ -157,7 +157,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("sweep-*.toml"))
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_that_is_kept_is_a_sweep(file, text, tmp_path):
-    text.write_text('{"task": "lcc", "id": "1", "prompt": "p", "answers": ["a"]}\n')
+    text.write_text('{"task": "mine", "id": "1", "prompt": "p", "answers": ["a"]}\n')
     spec = load_spec({"text": [text], "out": tmp_path}, file)
     assert {m.name for m in spec.compared} >= {spec.baseline}
     assert all(spec.budgets_of(method) for method in spec.compared)
