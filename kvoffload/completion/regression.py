@@ -80,7 +80,7 @@ class RegressionCompletion(Completion):
             return Partial.empty(query, self._geometry.value_dim)
         if self._n_tokens >= self._fitted_tokens * _REFIT_GROWTH:
             self._fit()
-        mean = self._attend(query, fetched, self._features(0, self._n_tokens))
+        mean = self._by_query(self._mean_features(self._logits(query, fetched)), query)
         values = (by_row(mean.output, self._geometry.rows) - self._centre) @ self._map[:, 1:] + self._map[:, :1]
         return Partial(values.reshape(*query.shape[:2], -1), mean.lse).masked(~mean.lse.isneginf())
 
@@ -107,16 +107,25 @@ class RegressionCompletion(Completion):
         self._moments += (x * weights[..., None]).mT @ torch.cat([x, values], -1)
         self._n_tokens = stop
 
-    def _attend(self, query: Tensor, fetched: Fetched, of_tokens: Tensor) -> Partial:
-        """The index's attention to what was not fetched, over something of every token [rows, N, F]: a partial [rows *
-        Q, R] on the query's device."""
+    def _mean_features(self, logits: Tensor) -> Partial:
+        """Attention over every token's features with logits [rows, H, N]."""
         assert self.index is not None, "built without an index"
-        rows, size, n_tokens = self._geometry.rows, self._geometry.page_size, of_tokens.shape[1]
+        return self.index.weigh(logits)
+
+    def _logits(self, query: Tensor, fetched: Fetched) -> Tensor:
+        """The index's logits for scaled queries [rows * Q, R, D], -inf at what was fetched: fp32 [rows, Q * R, N]."""
+        assert self.index is not None, "built without an index"
+        rows, size = self._geometry.rows, self._geometry.page_size
         logits = soft_cap(self.index.logits_again(by_row(query, rows).to(self.index.device)), self._geometry.softcap)
-        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], n_tokens // size).to(logits.device)
-        logits = logits.reshape(*query.shape[:2], -1, size).masked_fill(read[:, None, :, None], -torch.inf)
-        mean = Partial.weigh(logits.flatten(2), of_tokens)
-        return Partial(mean.output.to(query.device), mean.lse.to(query.device))
+        pages = logits.reshape(*query.shape[:2], -1, size)
+        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], pages.shape[2]).to(logits.device)
+        return pages.masked_fill(read[:, None, :, None], -torch.inf).reshape(logits.shape)
+
+    @staticmethod
+    def _by_query(part: Partial, query: Tensor) -> Partial:
+        """A partial [rows, Q * R] as [rows * Q, R], on the query's device."""
+        output, lse = part.output.to(query.device), part.lse.to(query.device)
+        return Partial(output.reshape(*query.shape[:2], -1), lse.reshape(query.shape[:2]))
 
     def _shift(self) -> Tensor:
         return self._log_scale.masked_fill(self._log_scale.isneginf(), 0.0)

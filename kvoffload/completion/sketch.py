@@ -59,6 +59,11 @@ class SketchCompletion(RegressionCompletion):
         assert self._rests is not None, "values are still waiting"
         return torch.cat([super()._features(start, stop), self._rests.keys(start, stop)], -1)
 
+    def _mean_features(self, logits: Tensor) -> Partial:
+        assert self._rests is not None, "values are still waiting"
+        keys, rests = super()._mean_features(logits), self._rests.weigh(logits)
+        return Partial(torch.cat([keys.output, rests.output], -1), keys.lse)
+
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
         super().reset(anchor, n_pages=n_pages)
         self._waiting, self._waiting_valid = Growing(), Growing()
@@ -79,9 +84,8 @@ class SketchCompletion(RegressionCompletion):
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         if self._rests is None and len(self._waiting):
-            waiting = self._waiting.view.float()
-            mean = self._attend(query, fetched, waiting)
-            return mean.masked(~mean.lse.isneginf())
+            mean = Partial.weigh(self._logits(query, fetched), self._waiting.view.float())
+            return self._by_query(mean.masked(~mean.lse.isneginf()), query)
         return super().estimate(query, fetched, scores)
 
     @property

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from kvoffload.values import KeySample, Pages
+from kvoffload.values import KeySample, Pages, Partial
 
 
 class KeyIndex(ABC):
@@ -48,6 +48,11 @@ class KeyIndex(ABC):
     @abstractmethod
     def keys(self, start: int, stop: int) -> Tensor:
         """Restored keys of tokens start .. stop - 1, fp32 [rows, stop - start, D]; anything finite for padding."""
+
+    def weigh(self, logits: Tensor) -> Partial:
+        """Attention with logits [rows, H, N] over the restored keys of all tokens: a partial [rows, H] of mean keys
+        (anything finite where no token is left)."""
+        return Partial.weigh(logits, self.keys(0, self.n_tokens))
 
     @property
     @abstractmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvoffload.buffers import Growing, tensor_bytes
 from kvoffload.index.base import KeyIndex, Padding
-from kvoffload.values import KeySample, Pages
+from kvoffload.values import KeySample, Pages, Partial
 
 FIT_TOKENS = 512
 """With a sample of fewer keys, or none, keys stay as they are until there are so many of them."""
@@ -40,6 +40,7 @@ class TransformIndex(KeyIndex):
         self._padding = Padding()
         enough = sample is not None and sample.keys.shape[1] >= FIT_TOKENS
         self._code = self._fit(sample) if sample is not None and enough else None
+        self._decoded: Tensor | None = None  # from scoring to weighing, if the logits are handed on
         self.n_tokens = 0
 
     def absorb(self, pages: Pages) -> None:
@@ -62,8 +63,20 @@ class TransformIndex(KeyIndex):
         else:
             turned = query @ self._code.synthesis.float()
             offset = query @ self._code.mean.float()[..., None]
-            logits = turned @ decode(self._codes.view, self._code.levels).transpose(-1, -2) + offset
+            channels = decode(self._codes.view, self._code.levels)
+            self._decoded = channels if self.hands_on else None
+            logits = turned @ channels.transpose(-1, -2) + offset
         return self._padding.mask(logits)
+
+    def weigh(self, logits: Tensor) -> Partial:
+        if self._code is None:
+            return super().weigh(logits)
+        channels, self._decoded = self._decoded, None
+        if channels is None or channels.shape[1] != self.n_tokens:
+            channels = decode(self._codes.view, self._code.levels)
+        mean = Partial.weigh(logits, channels)
+        keys = mean.output @ self._code.synthesis.float().transpose(-1, -2) + self._code.mean.float()[:, None]
+        return Partial(keys, mean.lse)
 
     def keys(self, start: int, stop: int) -> Tensor:
         if self._code is None:

@@ -118,3 +118,19 @@ def test_logits_scored_before_a_page_came_are_not_handed_on():
     index.score(query)
     index.absorb(pages.run(199, 200))
     assert index.logits_again(query).shape[-1] == 800
+
+
+@pytest.mark.parametrize("n_pages", [5, 200])
+@pytest.mark.parametrize("hands_on", [False, True])
+@pytest.mark.parametrize("name", MAKERS)
+def test_weighing_gives_the_mean_of_the_restored_keys(name, n_pages, hands_on):
+    shape = geometry()
+    pages, query = random_pages(shape, n_pages), random_query(shape)
+    index = filled(name, pages)
+    index.hands_on = hands_on
+    logits = index.score(query).clone()
+    logits[:, :, ::3] = -torch.inf
+    for _ in range(2):  # what was kept from scoring is gone the second time
+        given = index.weigh(logits)
+        assert_close(given.lse, logits.logsumexp(-1))
+        assert_close(given.output, logits.softmax(-1) @ index.keys(0, index.n_tokens), atol=1e-4, rtol=1e-4)
