@@ -115,6 +115,7 @@ class RuntimeConfig(BaseModel):
     offload: Literal["none", "cpu", "nvme"] = "cpu"
     nvme_dir: Path | None = None
     nvme_max: Size | None = None
+    nvme_floor: Size = 256 << 20
     cpu_max: Size | None = None
     budget: BudgetField | None = None
     selector: SelectorField = Field(default="transform", validate_default=True)
@@ -134,6 +135,7 @@ class RuntimeConfig(BaseModel):
     gpu_cache: OptionalSize = None
     io_engine: Literal["threads", "aiofiles", "uring"] = "threads"
     direct: Literal["auto", "on", "off"] = "auto"
+    verify: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     self_test: bool = True

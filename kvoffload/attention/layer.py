@@ -52,6 +52,14 @@ class Meter:
         self.completion_mass = mean if self.completion_mass is None else self.completion_mass + mean
 
 
+@dataclass(frozen=True)
+class Anchored:
+    """What summaries were built around: an anchor query, scaled, fp32 [rows, D], when there were ``n_pages``."""
+
+    query: Tensor
+    n_pages: int
+
+
 class LayerCache:
     """Every token is in exactly one of the anchors and the sealed pages; a page that seals enters the store, the
     selector and the completion in one call, so no token is ever in none or in two of them.
@@ -83,6 +91,8 @@ class LayerCache:
         self.meter = Meter()
         self.ready = True
         self.tail_queries: Tensor | None = None  # in host memory
+        self.n_prefilled = 0  # pages when the last prefill was summarised
+        self.anchored: Anchored | None = None  # where summaries were rebuilt since
         self.gate: GatedCompletion | None = None
         self.upkeep: tuple[Upkeep, ...] = ()
 

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
 from kvoffload_storage.errors import CapacityError
 from kvoffload_storage.file import FileStore
-from kvoffload_storage.memory import MemoryStore
-from kvoffload_storage.store import Store, StoreShape
+from kvoffload_storage.segments import Sealed
+from kvoffload_storage.store import Moved, Store, StoreShape
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
@@ -20,6 +21,7 @@ from kvoffload.attention.decode import decode
 from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefill import prefill, prepare, refill
+from kvoffload.attention.stores import copy_pages, open_store
 from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
@@ -38,7 +40,7 @@ class OffloadLayer(CacheLayerMixin):
 
     def __init__(self, cache: "OffloadCache", index: int, place: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache, self._index, self._place = cache, index, place
+        self._cache, self._index, self.place = cache, index, place
         self.kv: LayerCache | None = None
         self.n_seen = 0
         self._pending = False
@@ -77,7 +79,7 @@ class OffloadLayer(CacheLayerMixin):
         if self.kv is None:
             sizes = (n_sequences, n_heads, group, k.shape[-1], v.shape[-1])
             geometry = Geometry(*sizes, self._cache.config.page_size, k.dtype, scale, softcap)
-            self.kv = self._cache.build(self._index, self._place, geometry, k, v)
+            self.kv = self._cache.build(self._index, self.place, geometry, k, v)
         try:
             return self._attend(self.kv, q, k, v, mask)
         except CapacityError as error:
@@ -105,7 +107,7 @@ class OffloadLayer(CacheLayerMixin):
         geometry = theirs[0].geometry
         if len(theirs) > 1:
             geometry = replace(geometry, n_sequences=len(theirs))
-        self.kv = self._cache.build(self._index, self._place, geometry, *theirs[0].anchors.buffers)
+        self.kv = self._cache.build(self._index, self.place, geometry, *theirs[0].anchors.buffers)
         if len(theirs) > 1:
             join(self.kv, theirs)
         else:
@@ -182,6 +184,9 @@ class OffloadCache(DynamicCache):
         self.config, self.exact, self.stepping = config, False, False
         self._expected_tokens = expected_tokens
         self._stores: dict[StoreShape, Store] = {}
+        self._sealed: dict[StoreShape, Sealed] = {}
+        self._mirrors: dict[StoreShape, FileStore] = {}
+        self.copied_read, self.copied_written = Moved(), Moved()
         self._staging: dict[StoreShape, Staging] = {}
         self.wrap_store: Callable[[Store], Store] = lambda store: store
 
@@ -249,12 +254,35 @@ class OffloadCache(DynamicCache):
         shape = StoreShape(self.n_offloaded, geometry.rows, geometry.slice_bytes)
         if shape not in self._stores:
             capacity = -(-self._expected_tokens // geometry.page_size)
-            self._stores[shape] = self.wrap_store(_open_store(self.config, shape, capacity, keys.device))
+            opened = open_store(self.config, shape, capacity, keys.device, self._sealed.get(shape))
+            mirror = opened.mirror
+            self._stores[shape] = self.wrap_store(opened.store)
+            self.copied_read += opened.read
+            if mirror is not None:
+                self._mirrors[shape] = mirror
             self._staging[shape] = Staging(shape.slice_bytes, keys.device)
         store, staging = self._stores[shape], self._staging[shape]
         return build_layer(
             self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values
         )
+
+    def begin_with(self, stores: Sequence[Sealed]) -> None:
+        """Layers that are built from now on begin with these pages; their files are closed with this cache."""
+        self._sealed = {sealed.shape: sealed for sealed in stores}
+
+    def seal(self, directory: Path) -> list[Sealed]:
+        """Files that hold all sealed pages; tiers in memory get some inside ``directory``, which grow from call to
+        call."""
+        sealed = []
+        for shape, store in self._stores.items():
+            files = store.seal()
+            if files is None:
+                mirror = self._mirrors.get(shape) or FileStore(directory, shape, direct=self.config.direct)
+                self._mirrors[shape] = mirror
+                self.copied_written += copy_pages(store, mirror)[1]
+                files = mirror.seal()
+            sealed.append(files)
+        return sealed
 
     def copy_prefill(self, *sources: "OffloadCache") -> None:
         """Begin with the tokens of another cache of the same model, page size and anchors, whatever its tier and
@@ -273,22 +301,5 @@ class OffloadCache(DynamicCache):
 
     def close(self) -> None:
         """Give back memory, files and threads; a second call does nothing."""
-        for store in self._stores.values():
+        for store in (*self._stores.values(), *self._mirrors.values()):
             store.close()
-
-
-def _open_store(config: RuntimeConfig, shape: StoreShape, capacity_pages: int, device: torch.device) -> Store:
-    if config.offload == "nvme":
-        return FileStore(
-            config.nvme_dir,
-            shape,
-            engine=config.io_engine,
-            capacity_pages=capacity_pages,
-            max_bytes=config.nvme_max,
-            direct=config.direct,
-            pinned=device.type == "cuda",
-        )
-    if config.offload == "cpu":
-        pinned = device.type == "cuda"
-        return MemoryStore(shape, tier="cpu", pinned=pinned, capacity_pages=capacity_pages, max_bytes=config.cpu_max)
-    return MemoryStore(shape, tier="gpu", device=device, capacity_pages=capacity_pages)

@@ -16,6 +16,8 @@ class Stats:
 
     prompt_tokens: int
     new_tokens: int
+    restored_tokens: int
+    computed_tokens: int
     ttft_s: float | None
     tpot_ms: float | None
     budget_tokens: float | None
@@ -70,22 +72,28 @@ def collect(
     ttft_s: float | None,
     tpot_ms: float | None,
     bounded_bytes: int = 0,
+    copied: tuple[Moved, Moved] = (Moved(), Moved()),
+    restored_tokens: int = 0,
+    computed_tokens: int = 0,
 ) -> Stats:
-    """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers."""
+    """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
+    what was read and written between tiers for a session file."""
     step_bytes = max((layer.fetch.step_bytes for layer in layers), default=0)
     reads = Reads.of(layers)
     decode = sum((layer.fetch.decode.total() for layer in layers), Moved())
     index_read = sum(layer.meter.index_bytes_read for layer in layers)
     decode += Moved(cpu=index_read)
     refresh = sum((layer.fetch.refresh.total() for layer in layers), Moved())
-    read = sum((layer.fetch.prefill.total() for layer in layers), decode + refresh)
-    written = sum((layer.meter.written for layer in layers), Moved())
+    read = sum((layer.fetch.prefill.total() for layer in layers), decode + refresh + copied[0])
+    written = sum((layer.meter.written for layer in layers), copied[1])
     n_asked = sum(layer.fetch.n_asked for layer in layers)
     masses = [float(x.meter.completion_mass) / x.meter.steps for x in layers if x.meter.completion_mass is not None]
     chosen = [layer.gate.choice for layer in layers if layer.gate is not None and layer.gate.choice is not None]
     return Stats(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        restored_tokens=restored_tokens,
+        computed_tokens=computed_tokens,
         ttft_s=ttft_s,
         tpot_ms=tpot_ms,
         budget_tokens=layers[0].budget.tokens(layers[0].n_tokens) if layers else None,

@@ -6,8 +6,12 @@ page), a page the unit of a write. Stores know nothing of heads or attention.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .segments import Sealed
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Moved:
 
 class Ticket(ABC):
     """A read under way."""
+
+    @abstractmethod
+    def done(self, timeout_s: float) -> bool:
+        """Whether ``wait`` would return at once, after waiting for it at most that long."""
 
     @abstractmethod
     def wait(self) -> Moved:
@@ -99,6 +107,11 @@ class Store(ABC):
     @abstractmethod
     def flush(self) -> None:
         """Return when everything appended is where the tier keeps it."""
+
+    def seal(self) -> "Sealed | None":
+        """After a flush and a sync, files that hold every page appended so far for good, for a session to link to; None
+        where the tier has no files. Pages may be appended afterwards."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -8,9 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from .segments import Sealed
 from .store import Moved, Store, Ticket
 
-Operation = Literal["append", "read_slices", "read_pages", "wait", "flush"]
+Operation = Literal["append", "read_slices", "read_pages", "wait", "flush", "seal"]
 
 
 class WrapperStore(Store):
@@ -47,6 +48,9 @@ class WrapperStore(Store):
     def flush(self) -> None:
         self.inner.flush()
 
+    def seal(self) -> Sealed | None:
+        return self.inner.seal()
+
     def close(self) -> None:
         self.inner.close()
 
@@ -57,6 +61,9 @@ class _AfterTicket(Ticket):
     def __init__(self, inner: Ticket, after: Callable[[Moved], None]) -> None:
         self._inner = inner
         self._after = after
+
+    def done(self, timeout_s: float) -> bool:
+        return self._inner.done(timeout_s)
 
     def wait(self) -> Moved:
         moved = self._inner.wait()
@@ -115,8 +122,21 @@ class LatencyStore(WrapperStore):
         return self._late(self.inner.read_pages(layer, first, out))
 
     def _late(self, ticket: Ticket) -> Ticket:
-        ready = time.monotonic() + self.seconds
-        return _AfterTicket(ticket, lambda moved: time.sleep(max(0.0, ready - time.monotonic())))
+        return _LateTicket(ticket, time.monotonic() + self.seconds)
+
+
+class _LateTicket(Ticket):
+    def __init__(self, inner: Ticket, ready_s: float) -> None:
+        self._inner, self._ready_s = inner, ready_s
+
+    def done(self, timeout_s: float) -> bool:
+        left = self._ready_s - time.monotonic()
+        time.sleep(max(0.0, min(left, timeout_s)))
+        return left <= timeout_s and self._inner.done(max(0.0, timeout_s - max(0.0, left)))
+
+    def wait(self) -> Moved:
+        time.sleep(max(0.0, self._ready_s - time.monotonic()))
+        return self._inner.wait()
 
 
 @dataclass(frozen=True)
@@ -167,6 +187,10 @@ class FaultyStore(WrapperStore):
     def flush(self) -> None:
         self._enter("flush")
         self.inner.flush()
+
+    def seal(self) -> Sealed | None:
+        self._enter("seal")
+        return self.inner.seal()
 
     def _damage(self, out: Tensor) -> None:
         fault = self._enter("wait")
