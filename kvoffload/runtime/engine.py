@@ -49,17 +49,23 @@ class Runtime:
 
     def session(self, *, expected_tokens: int = 0) -> Session:
         """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth."""
+        return self._session(self.config, expected_tokens)
+
+    def _session(self, config: RuntimeConfig, expected_tokens: int) -> Session:
         if self.loaded is None:
             raise UsageError("this Runtime has no model of its own: use attach(), or Runtime.from_pretrained()")
-        return Session(self.loaded.model, self.loaded.tokenizer, self.config, expected_tokens=expected_tokens)
+        return Session(self.loaded.model, self.loaded.tokenizer, config, expected_tokens=expected_tokens)
 
     def restore(self, path: str | Path) -> Session:
         """The session that was saved at ``path``, verified; it may be asked for as often as wanted, also by several
         processes. Raises UsageError where there is none or where it was made with another model, dtype, page size,
         rotary settings or anchors; the storage package's IntegrityError where it is damaged."""
-        session = self.session()
+        return self._restore(Path(path), self.config)
+
+    def _restore(self, path: Path, config: RuntimeConfig) -> Session:
+        session = self._session(config, 0)
         try:
-            bundle = open_session_file(Path(path), self.config)
+            bundle = open_session_file(path, config)
             try:
                 fill_session(session, bundle)
             except BaseException:
@@ -74,13 +80,15 @@ class Runtime:
     def open_session(self, path: str | Path, *, expected_tokens: int = 0) -> Session:
         """The session at ``path``, for writing: no other process can write to it before ``close``. It is restored, or
         made at its first save. Prefills save it after every chunk, so that a killed one goes on from there."""
-        path = Path(path)
+        path, config = Path(path), self.config
+        if config.nvme_dir is None:  # on the session's file system, where its files can be linked to
+            config = config.model_copy(update={"nvme_dir": path.absolute().parent})
         if not path.exists():
-            session = self.session(expected_tokens=expected_tokens)
+            session = self._session(config, expected_tokens)
         else:
             lock = take_write_lock(path)
             try:
-                session = self.restore(path)
+                session = self._restore(path, config)
             except BaseException:
                 lock.release()
                 raise

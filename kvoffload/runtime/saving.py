@@ -97,7 +97,7 @@ def take_write_lock(path: Path) -> FolderLock:
         raise UsageError(f"{error}; --session-readonly reads it") from error
 
 
-def check_session(path: Path, here: Fingerprint) -> Description:
+def check_session(path: Path, here: Fingerprint) -> tuple[Manifest, Description]:
     """What a session file says of itself, if it fits; UsageError or IntegrityError if it does not. Reads no pages."""
     try:
         manifest = read_manifest(path)
@@ -105,7 +105,7 @@ def check_session(path: Path, here: Fingerprint) -> Description:
         raise UsageError(str(error)) from error
     description = describe(manifest.session, path)
     check_fingerprint(path, description.fingerprint, here)
-    return description
+    return manifest, description
 
 
 @torch.inference_mode()

@@ -150,6 +150,8 @@ class Session:
         if goes_on and state is not None:
             sampler.state = state
         self._sampler = sampler
+        if self._computed == 0:
+            self._started_s = time.perf_counter()
         self.finish_prefill()
         ends = end_tokens(self.model, self._tokenizer)
         for i in range(sampling.max_new_tokens):

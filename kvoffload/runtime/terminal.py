@@ -1,8 +1,9 @@
 """What people see: progress and statistics on stderr, tables on stdout."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -84,6 +85,11 @@ def statistics_line(stats: Stats) -> str:
     if stats.gate_abstain_share is not None:
         parts.append(f"{stats.gate_abstain_share:.0%} of heads abstain")
     return " · ".join([*parts, f"resident {format_size(stats.resident_bytes)}"])
+
+
+def write_json(out: TextIO, values: dict[str, Any]) -> None:
+    """One object on one line."""
+    out.write(json.dumps(values) + "\n")
 
 
 def write_table(out: TextIO, title: str, header: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ class Bundle:
     manifest: Manifest
     state: bytes
     stores: tuple[Sealed, ...]
+
+    def close_after(self, damage: Iterator[IntegrityError]) -> None:
+        """Close the page files; raise the first damage, if there is any."""
+        try:
+            for error in damage:
+                raise error
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the page files; whoever took them over closes them instead."""
