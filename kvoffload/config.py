@@ -133,6 +133,9 @@ class RuntimeConfig(BaseModel):
     prefill_chunk: OptionalCount = None
     index: Literal["device", "cpu"] = "device"
     gpu_cache: OptionalSize = None
+    prefetch: float = Field(default=0.0, ge=0.0, le=4.0)
+    fetch: Literal["wait", "deadline"] = "wait"
+    fetch_ms: float = Field(default=1.0, ge=0.0, le=1000.0)
     io_engine: Literal["threads", "aiofiles", "uring"] = "threads"
     direct: Literal["auto", "on", "off"] = "auto"
     verify: bool = False
@@ -148,6 +151,13 @@ class RuntimeConfig(BaseModel):
         if len(self.completion) > 1 and not self.gate:
             names = "+".join(config.kind for config in self.completion)
             raise ValueError(f"completion: {names!r} is more than one; give one, or let --gate choose")
+        if self.fetch == "deadline" and (self.offload != "nvme" or self.cpu_max is None or self.gpu_cache is not None):
+            raise ValueError(
+                "fetch: 'deadline' needs a tier that late pages come to: give --offload nvme and --cpu-max, and no "
+                "--gpu-cache"
+            )
+        if self.prefetch and (self.offload != "nvme" or self.cpu_max is None):
+            raise ValueError(f"prefetch: {self.prefetch} has nowhere to put pages: give --offload nvme and --cpu-max")
         needing = [config.kind for config in self.completion if config.needs_index]
         if needing and not self.selector.has_index:
             having = ", ".join(kind for kind, cls in VARIANTS["selector"].items() if getattr(cls, "has_index", False))

@@ -92,6 +92,16 @@ PrefillChunk = Annotated[str | None, flag("--prefill-chunk", help="Tokens a pref
 IoEngine = Annotated[str | None, flag("--io-engine", help="threads, aiofiles or uring.", default="threads")]
 Direct = Annotated[str | None, flag("--direct", help="Direct I/O: auto, on or off.", default="auto")]
 
+Prefetch = Annotated[
+    float | None,
+    flag("--prefetch", help="Bring next step's likely pages to the tier of --cpu-max early: so much more than the "
+         "budget.", default="0, off"),
+]  # fmt: skip
+Fetch = Annotated[
+    str | None,
+    flag("--fetch", help="wait for late pages, or deadline: leave them to the completion.", default="wait"),
+]
+FetchMs = Annotated[float | None, flag("--fetch-ms", help="How long deadline waits, in each layer.", default="1")]
 Verify = Annotated[
     bool | None,
     flag("--verify/--no-verify", help="Compare every slice read from files with its checksum.", default="off"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvoffload.attention.gate import GateRecheck
 from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.refresh import Reanchoring, Rebuild
 from kvoffload.attention.upkeep import Upkeep
 from kvoffload.cache.anchors import Anchors
@@ -62,6 +63,7 @@ def build_layer(
     staging: Staging,
     keys: Tensor,
     values: Tensor,
+    prefetch: Prefetch | None = None,
 ) -> LayerCache:
     """An empty cache for layer ``layer`` of the store; ``keys`` and ``values`` [rows, n, D] tell dtype and device of
     what is to come, ``model_layer`` is the layer's number in the model."""
@@ -89,7 +91,8 @@ def build_layer(
         index_is_read=config.selector.reads_slow_tier,
         index_on_host=config.index == "cpu" or config.selector.reads_slow_tier,
     )
-    cache.gate = gate
+    cache.gate, cache.prefetch = gate, prefetch or cache.prefetch
+    cache.fetch.patience_s = config.fetch_ms / 1000 if config.fetch == "deadline" else None
     rebuild = Rebuild(
         selector=(lambda: config.selector.build(geometry, index_device)) if selector.uses_anchor else None,
         completion=build_completion if completion.uses_anchor else None,

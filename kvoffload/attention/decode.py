@@ -18,6 +18,7 @@ def decode(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Pa
     logits = anchor_logits(layer, query, layer.anchors.seen(query.shape[0] // layer.geometry.rows))
     if layer.n_pages == 0:
         return Partial.weigh(logits, layer.anchors.values)
+    layer.ask_ahead()
     exact, fetched, scores = attend_selected(layer, query, logits)
     remainder = layer.completion.estimate(query, fetched, scores)
     result = merge([exact, remainder])
@@ -31,8 +32,9 @@ def attend_selected(layer: LayerCache, query: Tensor, logits: Tensor) -> tuple[P
     selection, scores = layer.select(query, logits.logsumexp(-1))
     arrivals = layer.fetch.start(selection)  # asynchronous: bytes move from here on
     partials, fetched = [Partial.weigh(logits, layer.anchors.values)], []
-    for part, arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
-        keys, values = unpack_slices(arrive(), layer.geometry)
+    for arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
+        part, data = arrive()
+        keys, values = unpack_slices(data, layer.geometry)
         valid = layer.anchors.page_valid(part.page_ids, part.store_rows)
         partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
         fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))

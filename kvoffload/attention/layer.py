@@ -8,6 +8,7 @@ import torch
 from kvoffload_storage.store import Moved, Store
 from torch import Tensor
 
+from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.upkeep import Upkeep
 from kvoffload.cache.anchors import Anchors
 from kvoffload.cache.fetch import Fetch, pack_pages
@@ -95,6 +96,7 @@ class LayerCache:
         self.anchored: Anchored | None = None  # where summaries were rebuilt since
         self.gate: GatedCompletion | None = None
         self.upkeep: tuple[Upkeep, ...] = ()
+        self.prefetch = Prefetch(0.0)
 
     @property
     def n_tokens(self) -> int:
@@ -145,20 +147,25 @@ class LayerCache:
         reads = [min(self.budget(self.n_tokens + 1 + i), n_slices) for i in range(longest)]
         return next((i for i in range(1, longest) if reads[i] != reads[0]), longest)
 
+    def ask_ahead(self) -> None:
+        """At the first layer of a step, ask for what all layers will probably select."""
+        if self.layer == 0:
+            self.prefetch.begin()
+
     def select(self, query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
         """Top-K under the budget for scaled queries fp32 [rows * Q, R, D] whose anchors have mass anchor_lse [rows * Q,
         R], with the scores of all pages fp32 [rows * Q, R, P]; ids are on the selector's device, and so are the scores
         unless the completion uses them."""
         device, rows = self.selector.device, self.geometry.rows
         scores = self.selector.score(by_row(query, rows).to(device)).reshape(*query.shape[:2], -1)
-        selection = select_top(
-            scores,
-            anchor_lse.to(device),
-            n_sequences=self.geometry.n_sequences,
-            n_slices=self.budget(self.n_tokens),
-            pool=self.pool,
-            n_queries=query.shape[0] // rows,
-        )
+        anchor_lse, n_slices, n_queries = anchor_lse.to(device), self.budget(self.n_tokens), query.shape[0] // rows
+
+        def top(n_slices: int) -> Selection:
+            sizes = {"n_sequences": self.geometry.n_sequences, "n_slices": n_slices, "n_queries": n_queries}
+            return select_top(scores, anchor_lse, pool=self.pool, **sizes)
+
+        selection = top(n_slices)
+        self.prefetch.expect(self.fetch, lambda: top(int(n_slices * (1 + self.prefetch.share))))
         return selection, scores.to(query.device) if self.completion.uses_scores else scores
 
     def count_steps(self, query: Tensor, mass: Tensor) -> None:

@@ -8,10 +8,12 @@ from kvoffload_storage.file import FileStore
 from kvoffload_storage.memory import MemoryStore
 from kvoffload_storage.segments import Sealed
 from kvoffload_storage.store import Moved, Store, StoreShape
+from kvoffload_storage.tiered import TieredStore
 
 from kvoffload.config import RuntimeConfig
 
 _COPY_BYTES = 16 << 20
+_DEADLINE_PARTS = 8  # a read can be late in so many parts
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,12 @@ def open_store(
 ) -> OpenedStore:
     """A store with room for ``capacity_pages`` a layer that begins with the pages of ``begin``."""
     if config.offload == "nvme":
-        return OpenedStore(_file_store(config, shape, capacity_pages, device, begin))
+        files = _file_store(config, shape, capacity_pages, device, begin)
+        if config.cpu_max is None:
+            return OpenedStore(files)
+        n_parts = _DEADLINE_PARTS if config.fetch == "deadline" else 1
+        pinned = device.type == "cuda"
+        return OpenedStore(TieredStore(files, max_bytes=config.cpu_max, pinned=pinned, n_parts=n_parts))
     mirror = None if begin is None else FileStore(config.nvme_dir, shape, direct=config.direct, begin=begin)
     pinned = device.type == "cuda"
     if config.offload == "cpu":

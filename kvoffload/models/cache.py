@@ -20,6 +20,7 @@ from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
 from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.prefill import prefill, prepare, refill
 from kvoffload.attention.stores import copy_pages, open_store
 from kvoffload.cache.slots import Staging
@@ -182,7 +183,7 @@ class OffloadCache(DynamicCache):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)
         self.config, self.exact, self.stepping = config, False, False
-        self._expected_tokens = expected_tokens
+        self._expected_tokens, self._prefetch = expected_tokens, Prefetch(config.prefetch)
         self._stores: dict[StoreShape, Store] = {}
         self._sealed: dict[StoreShape, Sealed] = {}
         self._mirrors: dict[StoreShape, FileStore] = {}
@@ -263,7 +264,15 @@ class OffloadCache(DynamicCache):
             self._staging[shape] = Staging(shape.slice_bytes, keys.device)
         store, staging = self._stores[shape], self._staging[shape]
         return build_layer(
-            self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values
+            self.config,
+            geometry,
+            store,
+            place,
+            model_layer=index,
+            staging=staging,
+            prefetch=self._prefetch,
+            keys=keys,
+            values=values,
         )
 
     def begin_with(self, stores: Sequence[Sealed]) -> None:

@@ -11,8 +11,9 @@ from kvoffload.attention.layer import LayerCache
 
 @dataclass(frozen=True)
 class Stats:
-    """Means over decode steps, layers and kv heads; shares are of the mean context length. None where no step was
-    made."""
+    """Means over decode steps, layers and kv heads; shares are of the mean context length. ``disk_wait_ms`` is the part
+    of a step that waited for files, all layers together; ``late_share`` of the slices asked for were not waited for.
+    None where no step was made."""
 
     prompt_tokens: int
     new_tokens: int
@@ -33,6 +34,8 @@ class Stats:
     index_host_bytes: int
     completion_mass: float | None
     hit_rate: float | None
+    disk_wait_ms: float | None
+    late_share: float | None
     gate_abstain_share: float | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +82,10 @@ def collect(
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
     what was read and written between tiers for a session file."""
     step_bytes = max((layer.fetch.step_bytes for layer in layers), default=0)
+    for layer in layers:
+        layer.fetch.count_unasked()
     reads = Reads.of(layers)
+    n_steps = max((layer.meter.steps for layer in layers), default=0)
     decode = sum((layer.fetch.decode.total() for layer in layers), Moved())
     index_read = sum(layer.meter.index_bytes_read for layer in layers)
     decode += Moved(cpu=index_read)
@@ -109,5 +115,7 @@ def collect(
         index_host_bytes=sum(layer.index_host_bytes for layer in layers),
         completion_mass=sum(masses) / len(masses) if masses else None,
         hit_rate=sum(int(layer.fetch.n_hits) for layer in layers) / n_asked if n_asked else None,
+        disk_wait_ms=sum(layer.fetch.wait_s for layer in layers) / n_steps * 1000 if n_steps else None,
+        late_share=sum(layer.fetch.n_late for layer in layers) / n_asked if n_asked else None,
         gate_abstain_share=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
     )

@@ -10,6 +10,7 @@ from .locks import sweep
 from .memory import MemoryStore
 from .segments import Sealed, Segment
 from .store import Moved, Store, StoreShape, Ticket
+from .tiered import TieredStore
 from .wrappers import Fault, FaultyStore, LatencyStore, TracingStore, WrapperStore, cut_short, flip_bit
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Store",
     "StoreShape",
     "Ticket",
+    "TieredStore",
     "TracingStore",
     "UnavailableError",
     "WrapperStore",

@@ -139,6 +139,13 @@ class FileStore(Store):
         ticket = self._read(layer, *ids, out=out, layout=self._layout)
         return self._checked(ticket, layer, *ids, out) if self._verify else ticket
 
+    def read_scattered(self, layer: int, page_ids: Tensor, slice_ids: Tensor, memory: Tensor, places: Tensor) -> Ticket:
+        ids = page_ids.numpy(), slice_ids.numpy()
+        ticket = self._read(layer, *ids, out=memory, layout=self._layout, places=places.numpy())
+        if not self._verify:
+            return ticket
+        return VerifyingTicket(ticket, lambda: self._check(layer, *ids, memory[places]))
+
     def read_pages(self, layer: int, first: int, out: Tensor) -> Ticket:
         check_page_read(self.shape, self.n_pages(layer), first, out)
         page_ids = np.arange(first, first + len(out), dtype=np.int64)
@@ -184,42 +191,44 @@ class FileStore(Store):
     def _checked(
         self, ticket: Ticket, layer: int, page_ids: Int64Array, slice_ids: Int64Array, slices: Tensor
     ) -> Ticket:
-        expected, directory = self._checksums[layer], self.directory
-        return VerifyingTicket(
-            ticket, lambda: check_slices(slices, page_ids, slice_ids, expected, directory=directory, layer=layer)
-        )
+        return VerifyingTicket(ticket, lambda: self._check(layer, page_ids, slice_ids, slices))
+
+    def _check(self, layer: int, page_ids: Int64Array, slice_ids: Int64Array, slices: Tensor) -> None:
+        expected = self._checksums[layer]
+        check_slices(slices, page_ids, slice_ids, expected, directory=self.directory, layer=layer)
 
     def _read(
-        self, layer: int, page_ids: Int64Array, slice_ids: Int64Array, *, out: Tensor, layout: PageLayout
+        self,
+        layer: int,
+        page_ids: Int64Array,
+        slice_ids: Int64Array,
+        *,
+        out: Tensor,
+        layout: PageLayout,
+        places: Int64Array | None = None,
     ) -> Ticket:
-        """Copy what is in memory now, start reading the rest; out uint8 [n, layout.slice_bytes]."""
+        """Copy what is in memory now, start reading the rest; slice i goes to row places[i] (None: i) of out uint8 [n,
+        layout.slice_bytes]."""
         self._writes.raise_failure()
+        where = np.arange(len(page_ids)) if places is None else places
         on_disk = np.ones(len(page_ids), dtype=bool)
         n_base, n_copied = self._n_base[layer], 0
         for rows, extent in self._writes.memory_of(layer, page_ids - n_base):
             source = extent.pages.numpy().reshape(-1, layout.n_slices, layout.slice_bytes)
-            out.numpy()[rows] = source[page_ids[rows] - n_base - extent.first, slice_ids[rows]]
+            out.numpy()[where[rows]] = source[page_ids[rows] - n_base - extent.first, slice_ids[rows]]
             on_disk[rows] = False
             n_copied += len(rows) * layout.slice_bytes
         if not on_disk.any():
             return DoneTicket(Moved(cpu=n_copied))
-        reads = self._submit(layer, np.flatnonzero(on_disk), page_ids, slice_ids, out=out, layout=layout)
-        return FileTicket(reads, out, Moved(cpu=n_copied))
-
-    def _submit(
-        self, layer: int, rows: Int64Array, page_ids: Int64Array, slice_ids: Int64Array, *, out: Tensor,
-        layout: PageLayout,
-    ) -> list[PartRead]:  # fmt: skip
-        """Start reading those rows, file by file."""
-        reads, left = [], rows
+        parts, left = [], np.flatnonzero(on_disk)
         for first, file in reversed(self._parts[layer]):
             inside = page_ids[left] >= first
             here, left = left[inside], left[~inside]
             if len(here):
                 plan = plan_read(page_ids[here] - first, slice_ids[here], layout)
-                pending = self._engine.read(file, jobs_of(plan, here, out, direct=file.direct))
-                reads.append(PartRead(pending, plan, here))
-        return reads
+                pending = self._engine.read(file, jobs_of(plan, where[here], out, direct=file.direct))
+                parts.append(PartRead(pending, plan, where[here]))
+        return FileTicket(parts, out, Moved(cpu=n_copied))
 
     def _make_room(self, layer: int, n_pages: int) -> None:
         """Grow the layer's own file to ``n_pages`` or, where cap and disk allow, to twice what it has."""

@@ -31,7 +31,7 @@ class FileTicket(Ticket):
         self._parts, self._out = parts, out
         self._moved = copied + Moved(nvme=sum(part.plan.n_bytes for part in parts))
 
-    def done(self, timeout_s: float) -> bool:
+    def done(self, timeout_s: float | None) -> bool:
         return all(part.pending.done(timeout_s) for part in self._parts)
 
     def wait(self) -> Moved:
@@ -51,7 +51,7 @@ class VerifyingTicket(Ticket):
     def __init__(self, inner: Ticket, check: Callable[[], None]) -> None:
         self._inner, self._check = inner, check
 
-    def done(self, timeout_s: float) -> bool:
+    def done(self, timeout_s: float | None) -> bool:
         return self._inner.done(timeout_s)
 
     def wait(self) -> Moved:

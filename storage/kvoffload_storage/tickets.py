@@ -9,7 +9,7 @@ class DoneTicket(Ticket):
     def __init__(self, moved: Moved) -> None:
         self._moved = moved
 
-    def done(self, timeout_s: float) -> bool:
+    def done(self, timeout_s: float | None) -> bool:
         return True
 
     def wait(self) -> Moved:
