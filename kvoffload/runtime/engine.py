@@ -12,7 +12,7 @@ from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, switch_attention
-from kvoffload.runtime.saving import SavedAs, fill_session, open_session_file, take_write_lock
+from kvoffload.runtime.saving import SavedAs, fill_session, open_session_file, rewrite_if_scattered, take_write_lock
 from kvoffload.runtime.session import Session
 
 
@@ -88,6 +88,7 @@ class Runtime:
         else:
             lock = take_write_lock(path)
             try:
+                rewrite_if_scattered(path, lock)
                 session = self._restore(path, config)
             except BaseException:
                 lock.release()

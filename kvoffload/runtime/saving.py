@@ -8,6 +8,7 @@ from kvoffload_storage.bundle import Bundle, lock_bundle, open_bundle, read_mani
 from kvoffload_storage.bundle_format import Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
 from kvoffload_storage.locks import FolderLock
+from kvoffload_storage.rewrite import is_scattered, rewrite_bundle
 
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
@@ -95,6 +96,15 @@ def take_write_lock(path: Path) -> FolderLock:
         return lock_bundle(path)
     except UnavailableError as error:
         raise UsageError(f"{error}; --session-readonly reads it") from error
+
+
+def rewrite_if_scattered(path: Path, lock: FolderLock) -> None:
+    """Write a session's pages in one piece when they are in many."""
+    try:
+        if is_scattered(read_manifest(path)):
+            rewrite_bundle(path, lock)
+    except UnavailableError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_session(path: Path, here: Fingerprint) -> tuple[Manifest, Description]:

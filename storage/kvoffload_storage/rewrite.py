@@ -7,12 +7,16 @@ from .bundle_check import runs
 from .bundle_format import Manifest
 from .file import FileStore
 from .file_reads import all_slices, check_slices
+from .locks import FolderLock
 from .segments import Sealed
 
+MOST_SEGMENTS = 8  # every segment costs an open file a layer
 
-def rewrite_bundle(path: Path) -> Manifest:
-    """Verify every page and write it to new files in the place of the old ones; the new manifest."""
-    lock = lock_bundle(path)
+
+def rewrite_bundle(path: Path, held: FolderLock | None = None) -> Manifest:
+    """Verify every page and write it to new files in the place of the old ones; the new manifest. ``held`` is the lock
+    where the caller has it."""
+    lock = held or lock_bundle(path)
     bundle = open_bundle(path)
     stores: list[FileStore] = []
     try:
@@ -25,7 +29,13 @@ def rewrite_bundle(path: Path) -> Manifest:
         for store in stores:
             store.close()
         bundle.close()
-        lock.release()
+        if held is None:
+            lock.release()
+
+
+def is_scattered(manifest: Manifest) -> bool:
+    """Whether a session was gone on with so often that it should be written anew."""
+    return any(len(store.segments) > MOST_SEGMENTS for store in manifest.stores)
 
 
 def _copy(path: Path, sealed: Sealed, target: FileStore) -> None:

@@ -144,6 +144,17 @@ def test_a_session_grows_over_several_processes(runtime, ids, tmp_path):
         assert_close(again.step(1), whole.step(1), atol=1e-4, rtol=1e-4)
 
 
+def test_a_session_that_was_gone_on_with_often_is_written_in_one_piece(runtime, ids, tmp_path):
+    path, rt = tmp_path / "a.kvo", runtime(budget="100%")
+    for i in range(12):
+        with rt.open_session(path) as session:
+            session.prefill(ids(30, i))
+    assert len(list(path.glob("pages-*"))) < 9
+    with rt.restore(path) as again, rt.session() as whole:
+        whole.prefill([token for i in range(12) for token in ids(30, i)])
+        assert_close(again.step(1), whole.step(1), atol=1e-4, rtol=1e-4)
+
+
 def test_forks_share_their_pages_and_outlive_each_other(runtime, ids, tmp_path):
     a, b, rt = tmp_path / "a.kvo", tmp_path / "b.kvo", runtime(budget="100%")
     with rt.session() as session:
