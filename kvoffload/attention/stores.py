@@ -7,6 +7,7 @@ from kvoffload_storage.aligned import aligned_empty
 from kvoffload_storage.file import FileStore
 from kvoffload_storage.memory import MemoryStore
 from kvoffload_storage.segments import Sealed
+from kvoffload_storage.space import SessionSpace
 from kvoffload_storage.store import Moved, Store, StoreShape
 from kvoffload_storage.tiered import TieredStore
 
@@ -76,4 +77,5 @@ def _file_store(
         pinned=device.type == "cuda",
         verify=config.verify,
         begin=begin,
+        space=None if config.nvme_dir is None else SessionSpace(config.nvme_dir),
     )

@@ -88,6 +88,13 @@ class Fetch(ABC):
         selection = selection.to(torch.device("cpu"))
         self.store.ahead(self.layer, selection.page_ids, selection.store_rows)
 
+    def take_counts(self, other: "Fetch") -> None:
+        """Go on with what another one has counted, in whose place this one comes."""
+        other.count_unasked()
+        self.decode, self.prefill, self.refresh = other.decode, other.prefill, other.refresh
+        self.n_asked, self.n_hits, self.n_late = other.n_asked, other.n_hits, other.n_late
+        self.wait_s, self.step_bytes = other.wait_s, other.step_bytes
+
     def count_unasked(self) -> None:
         """Count what moved as decode traffic that no step had to wait for."""
         self.decode.moved += self.store.moved_unasked(self.layer)

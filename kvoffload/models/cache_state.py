@@ -37,11 +37,37 @@ class LayerState(BaseModel):
 def dump_cache(cache: OffloadCache) -> tuple[dict[str, Tensor], list[LayerState]]:
     """Copies in host memory, named by layer. Raises UnsupportedModelError for layers that are no plain KV, and
     KvoffloadError when a forward was broken off in the middle."""
-    tensors: dict[str, Tensor] = {}
-    states = [_dump_layer(i, layer, tensors) for i, layer in enumerate(cache.layers)]
+    tensors, states = dump_layers(cache)
     if len(counts := {state.n_tokens for state in states}) > 1:
         raise KvoffloadError(f"a forward was broken off: layers have {min(counts)} to {max(counts)} tokens")
     return tensors, states
+
+
+def dump_layers(cache: OffloadCache) -> tuple[dict[str, Tensor], list[LayerState]]:
+    """As ``dump_cache``, also where layers have different numbers of tokens."""
+    tensors: dict[str, Tensor] = {}
+    return tensors, [_dump_layer(i, layer, tensors) for i, layer in enumerate(cache.layers)]
+
+
+def rewind_cache(
+    cache: OffloadCache, tensors: Mapping[str, Tensor], states: Sequence[LayerState], device: torch.device, *,
+    n_pages: int,
+) -> int:  # fmt: skip
+    """Fill a new cache with the sinks and the first ``n_pages`` pages (``begin_with``) of a saved or broken one; how
+    many tokens that are. The rest has to be prefilled. With layers outside the tiers, which cannot go back, there are
+    none."""
+    if not all(state.offloaded for state in states):
+        cache.begin_with(())
+        return 0
+    n_tokens = cache.config.sinks + n_pages * cache.config.page_size
+    for i, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
+        assert isinstance(layer, OffloadLayer), "only these are offloaded"
+        part = {name: tensors[f"{i}.{name}"] for name in ("keys", "values")}
+        layer.kv = cache.build(i, layer.place, _geometry(cache, state, part), *_buffers(part, device))
+        anchors, n_sinks = layer.kv.anchors, cache.config.sinks
+        anchors.keys[:, :n_sinks], anchors.values[:, :n_sinks] = part["keys"][:, :n_sinks], part["values"][:, :n_sinks]
+        anchors.n_tokens, layer.n_seen, layer.kv.ready = n_tokens, n_tokens, False
+    return n_tokens
 
 
 def load_cache(

@@ -68,6 +68,8 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
         if session.autosave is not None:
             session.save(session.autosave)
         stats = session.stats()
+    if stats.recomputed_pages:
+        view.warn(f"{stats.recomputed_pages:,} damaged pages were dropped and computed again from their tokens")
     view.say(statistics_line(stats))
     if settings.output == "json":
         config = settings.runtime().model_dump(mode="json") | {"budget": str(settings.effective_budget)}

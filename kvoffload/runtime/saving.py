@@ -14,6 +14,7 @@ from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache_state import dump_cache, load_cache
 from kvoffload.models.fingerprint import source_of, weights_hash
+from kvoffload.runtime.repair import go_back
 from kvoffload.runtime.session_file import (
     Description,
     Fingerprint,
@@ -131,8 +132,15 @@ def fill_session(session: "Session", bundle: Bundle) -> Description:
                              f"{len(session.cache.layers)}")  # fmt: skip
     session.cache.begin_with(bundle.stores)
     same_policy = description.policy == policy_of(session.config)
-    load_cache(session.cache, tensors, description.layers, session.model.device, same_policy=same_policy)
-    if session.cache.get_seq_length() != description.n_in_kv or description.n_in_kv > description.n_tokens:
+    try:
+        load_cache(session.cache, tensors, description.layers, session.model.device, same_policy=same_policy)
+    except IntegrityError as error:
+        if error.page is None:
+            raise
+        broken = session.cache
+        go_back(session, bundle.stores, tensors, description.layers, error)
+        broken.close()
+    if session.cache.get_seq_length() > description.n_in_kv or description.n_in_kv > description.n_tokens:
         raise IntegrityError(f"{name}: {session.cache.get_seq_length()} tokens, expected {description.n_in_kv}")
     session.take_over(
         tensors["token_ids"].tolist(),
@@ -140,4 +148,6 @@ def fill_session(session: "Session", bundle: Bundle) -> Description:
         {key: tensors[key] for key in ("logits", "rng") if key in tensors},
         None if description.sampling is None else SamplingConfig(**description.sampling),
     )
+    if session.recomputed_pages and not description.unfinished:
+        session.finish_prefill()
     return description

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from kvoffload_storage.errors import IntegrityError
 from torch import Tensor
 
 from kvoffload.attention.prefill import prepare
@@ -14,6 +15,7 @@ from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
+from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
 from kvoffload.runtime.stats import Stats, collect
@@ -55,6 +57,7 @@ class Session:
         self._sampler: Sampler | None = None
         self.prompt_tokens = self._new_tokens = 0
         self._restored = self._computed = 0
+        self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
         self._started_s = 0.0
         self._step_s = 0.0
@@ -99,6 +102,15 @@ class Session:
         if not self.unfinished:
             return
         self._started_s, self._ttft_s = time.perf_counter(), None
+        while self.unfinished:
+            try:
+                self._prefill_rest(on_progress)
+            except IntegrityError as error:
+                repair(self, error)
+        if self.autosave is not None:
+            self.save(self.autosave)
+
+    def _prefill_rest(self, on_progress: Callable[[Progress], None] | None) -> None:
         pending = self.token_ids[self.cache.get_seq_length() :]
         done, total = 0, len(pending)
         for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
@@ -112,8 +124,6 @@ class Session:
         for layer in self.cache.offloaded:
             prepare(layer)
         self.unfinished = False
-        if self.autosave is not None:
-            self.save(self.autosave)
 
     @torch.inference_mode()
     def copy_prefill(self, source: "Session") -> None:
@@ -181,6 +191,7 @@ class Session:
             copied=(self.cache.copied_read, self.cache.copied_written),
             restored_tokens=self._restored,
             computed_tokens=self._computed,
+            recomputed_pages=self.recomputed_pages,
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -199,11 +210,11 @@ class Session:
         self.prompt_tokens, self.prompt_start, self.unfinished = (
             saved.prompt_tokens,
             saved.prompt_start,
-            saved.unfinished,
+            saved.unfinished or self.unfinished,
         )
         self._restored = self.cache.get_seq_length()
         self._generator = tensors.get("rng")
-        if "logits" in tensors:
+        if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
 
     def _rng(self) -> Tensor | None:
@@ -241,7 +252,14 @@ class Session:
     def _catch_up(self) -> Tensor:
         """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
         for token in self.token_ids[self.cache.get_seq_length() :]:
-            self._logits = self._forward(torch.tensor([[token]], device=self.model.device))
+            try:
+                self._logits = self._forward(torch.tensor([[token]], device=self.model.device))
+            except IntegrityError as error:  # then this token and those behind it are prefilled
+                repair(self, error)
+                ttft_s = self._ttft_s
+                self.finish_prefill()
+                self._ttft_s = ttft_s
+                break
         if self._logits is None:
             raise UsageError("prefill a prompt first: there is nothing to go on from")
         return self._logits

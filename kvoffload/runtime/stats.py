@@ -19,6 +19,7 @@ class Stats:
     new_tokens: int
     restored_tokens: int
     computed_tokens: int
+    recomputed_pages: int
     ttft_s: float | None
     tpot_ms: float | None
     budget_tokens: float | None
@@ -78,6 +79,7 @@ def collect(
     copied: tuple[Moved, Moved] = (Moved(), Moved()),
     restored_tokens: int = 0,
     computed_tokens: int = 0,
+    recomputed_pages: int = 0,
 ) -> Stats:
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
     what was read and written between tiers for a session file."""
@@ -100,6 +102,7 @@ def collect(
         new_tokens=new_tokens,
         restored_tokens=restored_tokens,
         computed_tokens=computed_tokens,
+        recomputed_pages=recomputed_pages,
         ttft_s=ttft_s,
         tpot_ms=tpot_ms,
         budget_tokens=layers[0].budget.tokens(layers[0].n_tokens) if layers else None,

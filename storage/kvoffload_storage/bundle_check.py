@@ -1,6 +1,7 @@
 """Reading every page of a session, to find damage or to write it anew; nothing is written beside it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -19,9 +20,14 @@ _BLOCK_BYTES = 8 << 20
 def damaged_pages(bundle: Bundle) -> Iterator[IntegrityError]:
     """One error for every page that is not what was written, in order."""
     for store in bundle.stores:
-        for layer in range(store.shape.n_layers):
-            for first, pages in runs(store, layer):
-                yield from _damage(bundle, store, layer, first, pages)
+        yield from damage_in(store, bundle.path)
+
+
+def damage_in(store: Sealed, path: Path) -> Iterator[IntegrityError]:
+    """As ``damaged_pages``, for one store."""
+    for layer in range(store.shape.n_layers):
+        for first, pages in runs(store, layer):
+            yield from _damage(path, store, layer, first, pages)
 
 
 def runs(store: Sealed, layer: int) -> Iterator[tuple[int, Tensor]]:
@@ -48,12 +54,10 @@ def _read(file: PageFile, page: int, block: Tensor) -> None:
         raise IntegrityError(f"{file.path}: {n_read} bytes at page {page}, expected {block.numel()}")
 
 
-def _damage(bundle: Bundle, store: Sealed, layer: int, first: int, pages: Tensor) -> Iterator[IntegrityError]:
+def _damage(path: Path, store: Sealed, layer: int, first: int, pages: Tensor) -> Iterator[IntegrityError]:
     for i, page in enumerate(pages):
         page_ids, slice_ids = all_slices(first + i, 1, store.shape.n_slices)
         try:
-            check_slices(
-                page, np.asarray(page_ids), slice_ids, store.checksums[layer], directory=bundle.path, layer=layer
-            )
+            check_slices(page, np.asarray(page_ids), slice_ids, store.checksums[layer], directory=path, layer=layer)
         except IntegrityError as error:
             yield error

@@ -1,6 +1,6 @@
 """Pages in files: tier "nvme", direct I/O where the disk takes it, write-behind, checksums per slice."""
 
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from .format import Header, PageLayout, layout_of
 from .page_file import PageFile
 from .plan import Int64Array, plan_read
 from .segments import Sealed, Segment
+from .space import SessionSpace
 from .store import Moved, Store, StoreShape, Ticket
 from .tickets import DoneTicket
 from .write_behind import WriteBehind, sync
@@ -34,9 +35,9 @@ class FileStore(Store):
 
     The folder is new, inside ``directory`` (None: the system's for temporary files), and removed by ``close``, when the
     store is dropped and at interpreter exit; a session keeps links to its files. ``direct`` and ``direct_note`` say
-    whether direct I/O is used, and why not. ``max_bytes`` bounds the page bytes allocated on disk by this store,
-    ``floor_bytes`` what stays free on the disk; ``make_room`` is asked to free that many bytes before either fails, and
-    says whether it freed any. With ``verify`` every slice read is compared with its checksum.
+    whether direct I/O is used, and why not. ``max_bytes`` bounds the page bytes allocated on disk by this store and the
+    sessions of ``space``, ``floor_bytes`` what stays free on the disk; sessions that may go are deleted before either
+    fails, ``evicted`` has their names. With ``verify`` every slice read is compared with its checksum.
     Memory: one open extent (``extent_bytes``) per layer, 64 MiB of extents in flight, scratch memory of the engine.
 
     Safety: one thread calls the store. Writer threads see only full extents (see ``WriteBehind``), reader threads only
@@ -55,7 +56,7 @@ class FileStore(Store):
         capacity_pages: int = 0,
         max_bytes: int | None = None,
         floor_bytes: int = 0,
-        make_room: Callable[[int], bool] = lambda n_bytes: False,
+        space: SessionSpace | None = None,
         direct: Direct = "auto",
         n_threads: int = 8,
         extent_bytes: int = 1 << 20,
@@ -65,7 +66,8 @@ class FileStore(Store):
     ) -> None:
         self.shape = shape
         self._layout = layout_of(shape)
-        self._max_bytes, self._floor_bytes, self._ask_for_room = max_bytes, floor_bytes, make_room
+        self._max_bytes, self._floor_bytes, self._space = max_bytes, floor_bytes, space
+        self.evicted: list[str] = []
         self._verify = verify
         self._closed = False
         self._base = begin.segments if begin is not None else ()
@@ -73,6 +75,7 @@ class FileStore(Store):
             [list(x) for x in begin.checksums] if begin is not None else [[] for _ in range(shape.n_layers)]
         )
         self._n_base = [len(layer) for layer in self._checksums]
+        self._files: list[PageFile] = []
         self._check_cap(capacity_pages * shape.n_layers)
         self._engine = build_engine(engine, n_threads=n_threads)
         try:
@@ -109,7 +112,10 @@ class FileStore(Store):
 
     @property
     def note(self) -> str:
-        return "" if self.direct else f"{self._folder.path}: buffered reads and writes: {self.direct_note}"
+        notes = [] if self.direct else [f"{self._folder.path}: buffered reads and writes: {self.direct_note}"]
+        if self.evicted:
+            notes.append(f"deleted to make room, as they were not pinned: {', '.join(self.evicted)}")
+        return "; ".join(notes)
 
     @property
     def slice_cost_bytes(self) -> int:
@@ -253,19 +259,37 @@ class FileStore(Store):
             try:
                 return file.allocate(n_pages)
             except CapacityError:
-                if not self._ask_for_room((n_pages - file.n_allocated) * self._layout.page_stride):
+                if not self._evict():
                     raise
 
     def _check_cap(self, n_pages: int) -> None:
         """``n_pages`` is what all layers together would have allocated."""
+        if self._max_bytes is None:
+            return
         n_bytes = n_pages * self._layout.page_stride
-        if self._max_bytes is not None and n_bytes > self._max_bytes:
+        if n_bytes > self._max_bytes:  # deleting sessions would not help
             raise CapacityError(f"the store would take {n_bytes:,} bytes on disk, the cap is {self._max_bytes:,}")
+        while (n_all := n_bytes + self._session_bytes()) > self._max_bytes:
+            if not self._evict():
+                raise CapacityError(
+                    f"the store and the sessions beside it would take {n_all:,} bytes on disk, the cap is "
+                    f"{self._max_bytes:,}"
+                )
+
+    def _session_bytes(self) -> int:
+        own = {os.fstat(file.fd).st_ino for file in self._files}
+        return 0 if self._space is None else self._space.used_bytes(own)
+
+    def _evict(self) -> bool:
+        name = None if self._space is None else self._space.evict()
+        if name is not None:
+            self.evicted.append(name)
+        return name is not None
 
     def _check_floor(self, n_more: int) -> None:
         """Raise CapacityError if ``n_more`` pages would leave less than the floor free, and no room can be made."""
         while n_more and (left := self._free_bytes(n_more)) < self._floor_bytes:
-            if not self._ask_for_room(self._floor_bytes - left):
+            if not self._evict():
                 raise CapacityError(
                     f"{self.directory}: {n_more * self._layout.page_stride:,} bytes more would leave {max(left, 0):,} "
                     f"bytes free on the disk, the floor is {self._floor_bytes:,}"

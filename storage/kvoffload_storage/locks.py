@@ -67,7 +67,9 @@ def sweep(parent: Path) -> list[str]:
             lock = FolderLock.take(path)
             if lock is None:
                 continue
-            if os.fstat(lock.fd).st_uid == os.getuid() and all(map(is_known, os.listdir(lock.fd))):
+            if os.fstat(lock.fd).st_uid == os.getuid() and all(
+                is_known(entry) or entry.endswith(".kvo") for entry in os.listdir(lock.fd)
+            ):
                 shutil.rmtree(path)
                 removed.append(name)
             lock.release()

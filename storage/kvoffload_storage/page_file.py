@@ -69,6 +69,10 @@ class PageFile:
             raise IntegrityError(f"{path}: room for {file.n_allocated} pages, the manifest says {n_pages}")
         return file
 
+    def again(self) -> "PageFile":
+        """The same open file through a descriptor of its own."""
+        return PageFile(self.path, os.dup(self.fd), self.layout, direct=self.direct)
+
     def allocate(self, n_pages: int) -> None:
         """Make room for ``n_pages`` in all; CapacityError, and the file as it was, when the disk has none."""
         if n_pages <= self.n_allocated and self.n_allocated:

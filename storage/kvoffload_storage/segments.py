@@ -41,6 +41,16 @@ class Sealed:
     def n_pages(self, layer: int) -> int:
         return len(self.checksums[layer])
 
+    def first(self, n_pages: int) -> "Sealed":
+        """The first pages of every layer, through descriptors of their own."""
+        segments, left = [], [min(n_pages, self.n_pages(layer)) for layer in range(self.shape.n_layers)]
+        for segment in self.segments:
+            taken = tuple(min(n, most) for n, most in zip(segment.n_pages, left, strict=True))
+            left = [n - m for n, m in zip(left, taken, strict=True)]
+            if any(taken):
+                segments.append(Segment(segment.name, tuple(file.again() for file in segment.files), taken))
+        return Sealed(self.shape, tuple(segments), [layer[:n_pages] for layer in self.checksums])
+
 
 def same_file(file: PageFile, path: Path) -> bool:
     """Whether ``path`` leads to the open file."""
