@@ -37,7 +37,10 @@ def open_store(
             return OpenedStore(files)
         n_parts = _DEADLINE_PARTS if config.fetch == "deadline" else 1
         pinned = device.type == "cuda"
-        return OpenedStore(TieredStore(files, max_bytes=config.cpu_max, pinned=pinned, n_parts=n_parts))
+        n_bytes = config.cpu_max
+        if capacity_pages:  # then more would never be used, and pinned memory is taken at once
+            n_bytes = min(n_bytes, capacity_pages * shape.n_layers * shape.page_bytes)
+        return OpenedStore(TieredStore(files, max_bytes=n_bytes, pinned=pinned, n_parts=n_parts))
     mirror = None if begin is None else FileStore(config.nvme_dir, shape, direct=config.direct, begin=begin)
     pinned = device.type == "cuda"
     if config.offload == "cpu":
