@@ -39,7 +39,7 @@ CpuMax = Annotated[
     str | None,
     flag("--cpu-max", help="Cap on KV in host memory, such as 16G; with --offload nvme, the size of a tier before it."),
 ]
-NvmeFloor = Annotated[str | None, flag("--nvme-floor", help="Bytes that stay free on the disk.", default="256MiB")]
+NvmeFloor = Annotated[str | None, flag("--nvme-floor", help="Bytes that stay free on the disk; 256MiB unless given.")]
 Budget = Annotated[
     str | None,
     flag("--budget", help="Read per step: 5% of the context, 2048 token-equivalents, or 16MiB.",
@@ -95,7 +95,7 @@ Direct = Annotated[str | None, flag("--direct", help="Direct I/O: auto, on or of
 Prefetch = Annotated[
     float | None,
     flag("--prefetch", help="Bring next step's likely pages to the tier of --cpu-max early: so much more than the "
-         "budget.", default="0, off"),
+         "budget.", default="0"),
 ]  # fmt: skip
 Fetch = Annotated[
     str | None,

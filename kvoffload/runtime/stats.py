@@ -17,9 +17,6 @@ class Stats:
 
     prompt_tokens: int
     new_tokens: int
-    restored_tokens: int
-    computed_tokens: int
-    recomputed_pages: int
     ttft_s: float | None
     tpot_ms: float | None
     budget_tokens: float | None
@@ -35,9 +32,12 @@ class Stats:
     index_host_bytes: int
     completion_mass: float | None
     hit_rate: float | None
-    disk_wait_ms: float | None
-    late_share: float | None
     gate_abstain_share: float | None
+    restored_tokens: int = 0
+    computed_tokens: int = 0
+    recomputed_pages: int = 0
+    disk_wait_ms: float | None = None
+    late_share: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
