@@ -93,6 +93,7 @@ class LayerCache:
         self.ready = True
         self.tail_queries: Tensor | None = None  # in host memory
         self.n_prefilled = 0  # pages when the last prefill was summarised
+        self.n_estimated: int | None = None  # pages at the first estimate after that
         self.anchored: Anchored | None = None  # where summaries were rebuilt since
         self.gate: GatedCompletion | None = None
         self.upkeep: tuple[Upkeep, ...] = ()
@@ -171,6 +172,7 @@ class LayerCache:
     def count_steps(self, query: Tensor, mass: Tensor) -> None:
         """Account for decode steps of scaled queries [rows * Q, R, D] in which the remainder had this share of the
         total mass, [rows * Q, R]; then comes the upkeep that is due."""
+        self.n_estimated = self.n_pages if self.n_estimated is None else self.n_estimated
         index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes
         if self.completion.uses_scores and not self._index_is_read:
             state_bytes += index_bytes

@@ -38,19 +38,26 @@ def prepare(layer: LayerCache) -> None:
     weights = _summarise(layer, layer.n_pages)
     if layer.gate is not None and layer.tail_queries is not None:
         choose_at_prefill(layer, layer.gate, layer.tail_queries, weights)
+        layer.n_estimated = layer.n_pages
 
 
-def prepare_again(layer: LayerCache, n_prefilled: int, anchored: Anchored | None, choice: Tensor | None) -> None:
-    """Summaries as they were in a layer that was prepared with ``n_prefilled`` pages, then sealed the others, was
-    anchored anew by ``anchored``, and whose gate had made that ``choice`` (None: it chooses now)."""
-    weights = _summarise(layer, n_prefilled, anchored)
+def prepare_again(
+    layer: LayerCache, n_prefilled: int, n_estimated: int | None, anchored: Anchored | None, choice: Tensor | None
+) -> None:
+    """Summaries as they were in a layer that was prepared with ``n_prefilled`` pages, then sealed the others, made its
+    first estimate at ``n_estimated`` (None: none yet), was anchored anew by ``anchored``, and whose gate had made that
+    ``choice`` (None: it chooses now)."""
+    weights = _summarise(layer, n_prefilled, anchored, n_estimated)
+    layer.n_estimated = n_estimated
     if layer.gate is not None and choice is not None:
         layer.gate.choice = choice
     elif layer.gate is not None and layer.tail_queries is not None:
         choose_at_prefill(layer, layer.gate, layer.tail_queries, weights)
 
 
-def _summarise(layer: LayerCache, n_prefilled: int, anchored: Anchored | None = None) -> Tensor:
+def _summarise(
+    layer: LayerCache, n_prefilled: int, anchored: Anchored | None = None, n_estimated: int | None = None
+) -> Tensor:
     """Reset selector and completion and show them every page: the first ``n_prefilled`` in blocks, the others one by
     one, as they seal in decode steps. Gives the weights of the tail queries."""
     assert layer.tail_queries is not None, "a prefill leaves its last queries behind"
@@ -68,10 +75,14 @@ def _summarise(layer: LayerCache, n_prefilled: int, anchored: Anchored | None = 
         n_block = min(max(n_prefilled - done, 0), pages.n_pages)
         if n_block:
             layer.absorb(pages.run(0, n_block))
+        if n_estimated == done + n_block == n_prefilled:
+            layer.completion.refresh()
         for i in range(n_block, pages.n_pages):
             layer.absorb(pages.run(i, i + 1))
+            if n_estimated is not None and done + i + 1 >= n_estimated:
+                layer.completion.refresh()
         done += pages.n_pages
-    layer.ready, layer.n_prefilled, layer.anchored = True, n_prefilled, anchored
+    layer.ready, layer.n_prefilled, layer.anchored, layer.n_estimated = True, n_prefilled, anchored, None
     for upkeep in layer.upkeep:
         upkeep.restart()
     return weights

@@ -31,6 +31,7 @@ class LayerState(BaseModel):
     softcap: float | None = None
     n_window: int = 0
     n_prefilled: int | None = None
+    n_estimated: int | None = None
     n_anchored: int | None = None
 
 
@@ -118,6 +119,7 @@ def _dump_layer(i: int, layer: object, tensors: dict[str, Tensor]) -> LayerState
         softcap=geometry.softcap,
         n_window=kv.anchors.n_window,
         n_prefilled=kv.n_prefilled if kv.ready else None,
+        n_estimated=kv.n_estimated,
         n_anchored=None if kv.anchored is None else kv.anchored.n_pages,
     )
 
@@ -146,7 +148,7 @@ def _fill(
         return
     anchored = Anchored(part["anchor"].to(device), state.n_anchored) if state.n_anchored is not None else None
     choice = part["choice"].to(device) if same_policy and "choice" in part else None
-    prepare_again(kv, state.n_prefilled, anchored, choice)
+    prepare_again(kv, state.n_prefilled, state.n_estimated, anchored, choice)
 
 
 def _host(tensor: Tensor) -> Tensor:
