@@ -60,7 +60,7 @@ class Fetch(ABC):
         self.device = slots.data.device
         self.decode, self.prefill, self.refresh = Traffic(), Traffic(), Traffic()
         self.n_asked, self.n_hits = 0, torch.zeros((), dtype=torch.int64)
-        self.wait_s = 0.0  # that decode steps waited for files
+        self.wait_s = 0.0  # that decode steps were blocked by reads
         self.n_late = 0  # slices of decode steps that were not waited for
         self.patience_s: float | None = None  # how long a step waits for its slices; None: until they are there
         self.step_bytes = 0  # device bytes of the largest step so far that no cache keeps; layers share them
@@ -253,20 +253,21 @@ class SubmittedFetch(Fetch):
 
     def _wait(self, ticket: Ticket, n_slices: int) -> Tensor | None:
         """Wait for a step's slices; int64 rows of those that came where some are late."""
-        started = time.perf_counter()
         everything = n_slices >= self.store.n_pages(self.layer) * self.geometry.rows
+        patience_s = None if everything else self.patience_s
+        started = time.perf_counter()
+        ticket.done(patience_s)
+        self.wait_s += time.perf_counter() - started  # blocked; what follows is work on bytes that are there
         try:
-            if self.patience_s is None or everything:
+            if patience_s is None:
                 self.decode.moved += ticket.wait()
                 return None
-            moved, landed = ticket.settle(self.patience_s)
+            moved, landed = ticket.settle(0.0)
             self.decode.moved += moved
             return None if landed is None else torch.from_numpy(landed.nonzero()[0])
         except StorageError:
             self.slots.forget()
             raise
-        finally:
-            self.wait_s += time.perf_counter() - started
 
     def _buffer(self, n_bytes: int) -> Tensor:
         return aligned_empty(n_bytes, pinned=self.device.type == "cuda")

@@ -236,8 +236,12 @@ class _TieredTicket(Ticket):
         self._mine, self._beside = mine, beside
 
     def done(self, timeout_s: float | None) -> bool:
-        over = all(flight.ticket.done(timeout_s) for flight in self._store.flights_to(self._slots))
-        return over and (self._beside is None or self._beside.ticket.done(timeout_s))
+        tickets = [flight.ticket for flight in self._store.flights_to(self._slots)]
+        tickets += [] if self._beside is None else [self._beside.ticket]
+        if timeout_s is None:
+            return all(ticket.done(None) for ticket in tickets)
+        end = time.monotonic() + timeout_s
+        return all(ticket.done(max(0.0, end - time.monotonic())) for ticket in tickets)
 
     def wait(self) -> Moved:
         return self._collect(None)[0]
