@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails
 from kvoffload.completion import CompletionConfig
 from kvoffload.completion.calibrated import CalibrationFile
 from kvoffload.layer_budgets import layer_shares, read_layer_budgets
+from kvoffload.policies import PolicyConfig
 from kvoffload.selection import SelectorConfig
 from kvoffload.units import Budget, parse_size
 
@@ -36,7 +37,12 @@ def variants(union: Any) -> dict[str, type[BaseModel]]:
     return {cls.model_fields["kind"].default: cls for cls in get_args(get_args(union)[0])}
 
 
-VARIANTS = {"selector": variants(SelectorConfig), "completion": variants(CompletionConfig)}
+VARIANTS = {
+    "selector": variants(SelectorConfig),
+    "completion": variants(CompletionConfig),
+}
+POLICIES = variants(PolicyConfig)
+_KINDS = {**VARIANTS, "policy": POLICIES}
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -73,6 +79,10 @@ def _variant(value: Any) -> Any:
     return parse_variant(value) if isinstance(value, str) else value
 
 
+def _policies(value: Any) -> Any:
+    return () if value == "none" else _several(value)
+
+
 def _several(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(parse_variant(part) for part in value.split("+"))
@@ -100,6 +110,12 @@ SelectorField = Annotated[SelectorConfig, BeforeValidator(_variant)]
 CompletionsField = Annotated[
     tuple[Annotated[CompletionConfig, BeforeValidator(_variant)], ...], BeforeValidator(_several), Field(min_length=1)
 ]
+PoliciesField = Annotated[
+    tuple[Annotated[PolicyConfig, BeforeValidator(_variant)], ...],
+    BeforeValidator(_policies),
+    PlainSerializer(lambda value: [p.model_dump(mode="json") for p in value] or "none", when_used="json"),
+]
+OptionalShare = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, *_word_for_none("off")]
 
 
 def _fitting_completion(given: dict[str, Any]) -> str:
@@ -120,6 +136,10 @@ class RuntimeConfig(BaseModel):
     budget: BudgetField | None = None
     selector: SelectorField = Field(default="transform", validate_default=True)
     completion: CompletionsField = Field(default_factory=_fitting_completion, validate_default=True)
+    policy: PoliciesField = ()
+    max_dropped_mass: OptionalShare = None
+    dropped_mass_cap: BudgetField = Field(default="25%", validate_default=True)
+    audit: Annotated[Annotated[int, Field(ge=1)] | None, *_word_for_none("off")] = None
     gate: bool = False
     gate_queries: int = Field(default=64, ge=1, le=256)
     gate_margin: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -129,7 +149,7 @@ class RuntimeConfig(BaseModel):
     layer_budgets: Path | None = None
     sinks: int = Field(default=16, ge=0)
     recent: int = Field(default=64, ge=1)
-    page_size: int = Field(default=16, ge=4, le=256)
+    page_size: int = Field(default=16, ge=1, le=256)
     prefill_chunk: OptionalCount = None
     index: Literal["device", "cpu"] = "device"
     gpu_cache: OptionalSize = None
@@ -146,8 +166,13 @@ class RuntimeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "RuntimeConfig":
+        kinds = tuple(config.kind for config in self.policy)
+        for i, config in enumerate(self.policy):
+            if config.kind in kinds[:i]:
+                raise ValueError(f"policy: {config.kind!r} is given twice")
+            config.check(recent=self.recent, kinds=kinds[:i] + kinds[i + 1 :])
         if self.page_size & (self.page_size - 1):
-            raise ValueError(f"page_size: {self.page_size} is not a power of two from 4 to 256")
+            raise ValueError(f"page_size: {self.page_size} is not a power of two from 1 to 256")
         if len(self.completion) > 1 and not self.gate:
             names = "+".join(config.kind for config in self.completion)
             raise ValueError(f"completion: {names!r} is more than one; give one, or let --gate choose")
@@ -158,6 +183,11 @@ class RuntimeConfig(BaseModel):
             )
         if self.prefetch and (self.offload != "nvme" or self.cpu_max is None):
             raise ValueError(f"prefetch: {self.prefetch} has nowhere to put pages: give --offload nvme and --cpu-max")
+        if self.max_dropped_mass is not None and (self.gate or self.completion[0].kind == "none"):
+            raise ValueError(
+                f"max_dropped_mass: {self.max_dropped_mass} needs one completion that estimates the mass of what is "
+                "not read, not none and not a gate that may abstain"
+            )
         needing = [config.kind for config in self.completion if config.needs_index]
         if needing and not self.selector.has_index:
             having = ", ".join(kind for kind, cls in VARIANTS["selector"].items() if getattr(cls, "has_index", False))
@@ -243,7 +273,7 @@ def _explain_one(detail: ErrorDetails, accepted: tuple[str, ...]) -> str:
         case "union_tag_invalid":
             return f"{name}: {context['tag']!r} is unknown; accepted: {_plain(context['expected_tags'])}"
         case "union_tag_not_found":
-            return f"{name}: {detail['input']!r} names no kind; accepted: {', '.join(VARIANTS[name])}"
+            return f"{name}: {detail['input']!r} names no kind; accepted: {', '.join(_KINDS[name])}"
         case "literal_error":
             return f"{name}: {detail['input']!r} is unknown; accepted: {_plain(context['expected'])}"
         case "extra_forbidden":
@@ -258,8 +288,8 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 def _siblings(loc: tuple[int | str, ...], accepted: tuple[str, ...]) -> Iterable[str]:
     """The names that could have stood where an unknown one did."""
     names = [part for part in loc if isinstance(part, str)]
-    if len(names) == 3 and names[0] in VARIANTS:
-        return [field for field in VARIANTS[names[0]][names[1]].model_fields if field != "kind"] or ["no options"]
+    if len(names) == 3 and names[0] in _KINDS:
+        return [field for field in _KINDS[names[0]][names[1]].model_fields if field != "kind"] or ["no options"]
     return accepted
 
 

@@ -53,10 +53,28 @@ Selector = Annotated[
 Completion = Annotated[
     str | None,
     flag("--completion", help="What stands for the rest: regression, anchored, none, phi, pages, exact, page_mean, "
-         "centroids, rank1, mean_value, moments, index_mass or sketch; options as in phi:features=128; with --gate "
-         "several, joined by +. regression and sketch work with selector transform or quantized.",
+         "centroids, rank1, mean_value, moments, index_mass, sketch, keepkv or chelsea; options as in "
+         "phi:features=128; with --gate several, joined by +. regression and sketch work with selector transform or "
+         "quantized.",
          default="regression, or anchored with the other selectors"),
 ]  # fmt: skip
+Policy = Annotated[
+    str | None,
+    flag("--policy", help="prhs, hshare, tokenselect, retro, resa, refresh or none; options as in prhs:block=8; "
+         "several joined by +.", default="none"),
+]  # fmt: skip
+MaxDroppedMass = Annotated[
+    str | None,
+    flag("--max-dropped-mass", help="Read on until the estimated mass of what is not read is at most this share; or "
+         "off.", default="off"),
+]  # fmt: skip
+DroppedMassCap = Annotated[
+    str | None, flag("--dropped-mass-cap", help="Most that a step may read for that.", default="25%")
+]
+Audit = Annotated[
+    str | None,
+    flag("--audit", help="Measure the dropped mass with a full read every so many steps; or off.", default="off"),
+]
 Gate = Annotated[
     bool | None,
     flag("--gate/--no-gate", help="Choose per head among the completions and abstaining.", default="off"),
@@ -85,7 +103,7 @@ LayerBudgets = Annotated[
 ]
 Sinks = Annotated[int | None, flag("--sinks", help="First tokens kept on the device.", default="16")]
 Recent = Annotated[int | None, flag("--recent", help="Newest tokens kept on the device.", default="64")]
-PageSize = Annotated[int | None, flag("--page-size", help="Tokens a page, 4 to 256.", default="16")]
+PageSize = Annotated[int | None, flag("--page-size", help="Tokens a page, 1 to 256.", default="16")]
 Index = Annotated[str | None, flag("--index", help="Where the index lives: device or cpu.", default="device")]
 GpuCache = Annotated[str | None, flag("--gpu-cache", help="Size of the device's page cache, or off.", default="off")]
 PrefillChunk = Annotated[str | None, flag("--prefill-chunk", help="Tokens a prefill chunk, or auto.", default="auto")]

@@ -159,6 +159,10 @@ class Fetched:
         zeros = torch.zeros(self.keys.shape[:2], device=self.keys.device)
         return zeros if self.valid is None else zeros.masked_fill(~self.valid, -torch.inf)
 
+    def clone(self) -> "Fetched":
+        """With slices of its own."""
+        return Fetched(self.keys.clone(), self.values.clone(), self.valid, self.row_ids, self.page_ids)
+
     @staticmethod
     def join(parts: Sequence["Fetched"]) -> "Fetched":
         """All slices in one; a single part is returned as it is."""

@@ -1,8 +1,8 @@
 """From a configuration to the parts of a layer's cache."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from kvoffload_storage.store import Store
@@ -11,6 +11,7 @@ from torch import Tensor
 from kvoffload.attention.gate import GateRecheck
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefetch import Prefetch
+from kvoffload.attention.reading import SelectedPages
 from kvoffload.attention.refresh import Reanchoring, Rebuild
 from kvoffload.attention.upkeep import Upkeep
 from kvoffload.cache.anchors import Anchors
@@ -21,6 +22,8 @@ from kvoffload.completion.gated import GatedCompletion
 from kvoffload.config import RuntimeConfig
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
+from kvoffload.policies.accuracy import Audit, BoundedMass
+from kvoffload.policies.base import Depth, Policy
 from kvoffload.units import Budget
 
 
@@ -63,10 +66,12 @@ def build_layer(
     staging: Staging,
     keys: Tensor,
     values: Tensor,
+    policies: Iterable[Policy] | None = None,
     prefetch: Prefetch | None = None,
 ) -> LayerCache:
     """An empty cache for layer ``layer`` of the store; ``keys`` and ``values`` [rows, n, D] tell dtype and device of
-    what is to come, ``model_layer`` is the layer's number in the model."""
+    what is to come, ``model_layer`` is the layer's number in the model. ``policies`` are those of the whole cache, made
+    for this layer alone where they are not given."""
     n_layers = store.shape.n_layers
     device = keys.device
     index_device = torch.device("cpu") if config.index == "cpu" else device
@@ -78,6 +83,7 @@ def build_layer(
     completion, gate = build_completion()
     slots = _slots(config, geometry, n_layers, staging)
     fetch = MappedFetch if store.mapped(layer) is not None else SubmittedFetch
+    budget = SliceBudget(config.effective_budget, geometry, n_layers, store.slice_cost_bytes, config.share(layer))
     cache = LayerCache(
         geometry,
         store,
@@ -86,18 +92,26 @@ def build_layer(
         fetch=fetch(store, layer, slots, geometry),
         selector=selector,
         completion=completion,
-        budget=SliceBudget(config.effective_budget, geometry, n_layers, store.slice_cost_bytes, config.share(layer)),
+        budget=budget,
         pool=config.pool,
         index_is_read=config.selector.reads_slow_tier,
         index_on_host=config.index == "cpu" or config.selector.reads_slow_tier,
     )
-    cache.gate, cache.prefetch = gate, prefetch or cache.prefetch
+    cache.gate, cache.reading = gate, SelectedPages()
+    cache.prefetch = prefetch or cache.prefetch
     cache.fetch.patience_s = config.fetch_ms / 1000 if config.fetch == "deadline" else None
     rebuild = Rebuild(
         selector=(lambda: config.selector.build(geometry, index_device)) if selector.uses_anchor else None,
         completion=build_completion if completion.uses_anchor else None,
     )
     cache.upkeep = tuple(_upkeep(config, gate, rebuild))
+    if config.max_dropped_mass is not None:
+        cap = replace(budget, budget=config.dropped_mass_cap)
+        cache.reading = BoundedMass(cache.reading, config.max_dropped_mass, cap)
+    for policy in (policy.build() for policy in config.policy) if policies is None else policies:
+        policy.attach(cache, Depth(layer, n_layers))
+    if config.audit is not None:
+        cache.reading = Audit(cache.reading, config.audit)
     return cache
 
 

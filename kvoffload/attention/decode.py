@@ -6,7 +6,7 @@ from kvoffload_kernels.sparse_decode.reference import attend_slices
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
-from kvoffload.cache.fetch import unpack_slices
+from kvoffload.cache.fetch import Arrival, unpack_slices
 from kvoffload.values import Fetched, Partial, by_row, merge
 
 
@@ -19,10 +19,9 @@ def decode(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Pa
     if layer.n_pages == 0:
         return Partial.weigh(logits, layer.anchors.values)
     layer.ask_ahead()
-    exact, fetched, scores = attend_selected(layer, query, logits)
-    remainder = layer.completion.estimate(query, fetched, scores)
-    result = merge([exact, remainder])
-    layer.count_steps(query, (remainder.lse - result.lse).exp())
+    read = layer.reading.attend(layer, query, logits)
+    result = merge([read.exact, read.remainder])
+    layer.count_steps(query, (read.remainder.lse - result.lse).exp())
     return result
 
 
@@ -31,14 +30,21 @@ def attend_selected(layer: LayerCache, query: Tensor, logits: Tensor) -> tuple[P
     with it those pages and the selector's scores."""
     selection, scores = layer.select(query, logits.logsumexp(-1))
     arrivals = layer.fetch.start(selection)  # asynchronous: bytes move from here on
-    partials, fetched = [Partial.weigh(logits, layer.anchors.values)], []
+    anchors = Partial.weigh(logits, layer.anchors.values)
+    partials, fetched = attend_arrivals(layer, query, arrivals)
+    return merge([anchors, *partials]), fetched, scores
+
+
+def attend_arrivals(layer: LayerCache, query: Tensor, arrivals: list[Arrival]) -> tuple[list[Partial], Fetched]:
+    """Attention of scaled queries to the slices of a request, one partial for each part of it, and the slices."""
+    partials, fetched = [], []
     for arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
         part, data = arrive()
         keys, values = unpack_slices(data, layer.geometry)
         valid = layer.anchors.page_valid(part.page_ids, part.store_rows)
         partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
         fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))
-    return merge(partials), Fetched.join(fetched), scores
+    return partials, Fetched.join(fetched)
 
 
 def anchor_logits(layer: LayerCache, query: Tensor, seen: Tensor) -> Tensor:

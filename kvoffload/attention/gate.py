@@ -61,6 +61,7 @@ def _choose(layer: LayerCache, gate: GatedCompletion, queries: Tensor, weights: 
 
     Queries see the whole window, also the few tokens of it that came after them: the same for every choice.
     """
+    n_scored = layer.meter.scored_rows
     middle = _exact_middle(layer, queries)
     errors = torch.zeros((), device=queries.device)
     for start in range(0, queries.shape[2], _BLOCK):
@@ -69,6 +70,7 @@ def _choose(layer: LayerCache, gate: GatedCompletion, queries: Tensor, weights: 
         found = _errors(layer, gate, query_rows(queries[:, :, block]).float() * layer.geometry.scale, part)
         errors = errors + torch.einsum("cgqr,gq->cgr", found, weights[:, block])
     gate.choose(errors)
+    layer.meter.scored_rows = n_scored  # that was no step
 
 
 def _exact_middle(layer: LayerCache, queries: Tensor) -> Partial:

@@ -2,12 +2,13 @@
 of them."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from kvoffload_storage.store import Moved, Store
 from torch import Tensor
 
+from kvoffload.attention.choosing import Chooser, PageFilter, TopK
 from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.upkeep import Upkeep
 from kvoffload.cache.anchors import Anchors
@@ -18,6 +19,9 @@ from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector
 from kvoffload.selection.topk import Pool, select_top
 from kvoffload.values import Pages, Selection, by_row
+
+if TYPE_CHECKING:
+    from kvoffload.attention.reading import Reading
 
 _TAIL_QUERIES = 256
 
@@ -41,13 +45,18 @@ class Meter:
     index_bytes_read: int = 0
     state_bytes_touched: int = 0
     completion_mass: Tensor | None = None
+    scored_rows: int = 0
+    """Rows whose pages were scored, once for each query: rows x steps where every step scores."""
+    dropped: list[Tensor] = field(default_factory=list)
+    """The mass that was not read in the steps that were audited, fp32 [rows, R] each, in host memory."""
     written: Moved = field(default_factory=Moved)
 
-    def count_steps(self, n_steps: int, n_tokens: int, index_bytes: int, state_bytes: int, mass: Tensor) -> None:
-        """Steps at a context of up to ``n_tokens``, each with one token more than the one before it."""
+    def count_steps(self, n_steps: int, n_tokens: int, index_read: int, state_bytes: int, mass: Tensor) -> None:
+        """Steps at a context of up to ``n_tokens``, each with one token more than the one before it, which read
+        ``index_read`` bytes of a slow index together and touched ``state_bytes`` each."""
         self.steps += n_steps
         self.context_tokens += n_steps * n_tokens - n_steps * (n_steps - 1) // 2
-        self.index_bytes_read += n_steps * index_bytes
+        self.index_bytes_read += index_read
         self.state_bytes_touched += n_steps * state_bytes
         mean = mass.mean() * n_steps
         self.completion_mass = mean if self.completion_mass is None else self.completion_mass + mean
@@ -67,8 +76,11 @@ class LayerCache:
 
     ``gate`` is the completion itself where it is a per-head choice that the end of prefill has to make. ``ready``
     says that selector and completion know every sealed page. A prefill makes it false (its pages are summarised in
-    one pass when the anchor query is known), ``attention.prepare`` makes it true.
+    one pass when the anchor query is known), ``attention.prepare`` makes it true. ``n_revised`` of a forward's queries
+    are older tokens that are computed anew; the others are its steps.
     """
+
+    reading: "Reading"
 
     def __init__(
         self,
@@ -98,6 +110,11 @@ class LayerCache:
         self.gate: GatedCompletion | None = None
         self.upkeep: tuple[Upkeep, ...] = ()
         self.prefetch = Prefetch(0.0)
+        self.chooser: Chooser = TopK()
+        self.page_filter: PageFilter | None = None
+        self.n_revised = 0
+        self._n_scored_before = 0
+        self._scored: tuple[Tensor, Tensor] | None = None  # the step's queries and scores, until it is over
 
     @property
     def n_tokens(self) -> int:
@@ -118,6 +135,7 @@ class LayerCache:
     def absorb(self, pages: Pages) -> None:
         self.selector.absorb(pages)
         self.completion.absorb(pages)
+        self.reading.sealed(pages)
 
     def remember_queries(self, query: Tensor) -> None:
         """Keep the newest prefill queries [rows, R, Q, D] for the anchor and the gate; what was summarised is stale
@@ -140,6 +158,8 @@ class LayerCache:
     def run_length(self, limit: int) -> int:
         """How many of the next ``limit`` tokens one forward can decode as single steps would: none but the first seals
         a page, the steps read the same number of slices, and no upkeep comes between them."""
+        if self.chooser.single_steps or self.reading.single_steps:
+            return min(limit, 1)
         free = self.anchors.n_unsealing
         n_pages = self.anchors.n_sealed + (free == 0)
         steps = min((upkeep.run_length(self, n_pages) for upkeep in self.upkeep), default=limit)
@@ -154,20 +174,43 @@ class LayerCache:
             self.prefetch.begin()
 
     def select(self, query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
-        """Top-K under the budget for scaled queries fp32 [rows * Q, R, D] whose anchors have mass anchor_lse [rows * Q,
+        """The chooser's slices for scaled queries fp32 [rows * Q, R, D] whose anchors have mass anchor_lse [rows * Q,
         R], with the scores of all pages fp32 [rows * Q, R, P]; ids are on the selector's device, and so are the scores
         unless the completion uses them."""
-        device, rows = self.selector.device, self.geometry.rows
-        scores = self.selector.score(by_row(query, rows).to(device)).reshape(*query.shape[:2], -1)
-        anchor_lse, n_slices, n_queries = anchor_lse.to(device), self.budget(self.n_tokens), query.shape[0] // rows
-
-        def top(n_slices: int) -> Selection:
-            sizes = {"n_sequences": self.geometry.n_sequences, "n_slices": n_slices, "n_queries": n_queries}
-            return select_top(scores, anchor_lse, pool=self.pool, **sizes)
-
-        selection = top(n_slices)
-        self.prefetch.expect(self.fetch, lambda: top(int(n_slices * (1 + self.prefetch.share))))
+        selection, scores = self.chooser.choose(self, query, anchor_lse)
+        self.prefetch.expect(self.fetch, lambda: self._likely(query, anchor_lse, scores))
         return selection, scores.to(query.device) if self.completion.uses_scores else scores
+
+    def _likely(self, query: Tensor, anchor_lse: Tensor, scores: Tensor) -> Selection:
+        """The pages with the largest shares of this step, more of them than it may read."""
+        return select_top(
+            scores,
+            anchor_lse.to(scores.device),
+            n_sequences=self.geometry.n_sequences,
+            n_slices=int(self.budget(self.n_tokens) * (1 + self.prefetch.share)),
+            pool=self.pool,
+            n_queries=query.shape[0] // self.geometry.rows,
+        )
+
+    def score(self, query: Tensor, n_rows: int | None = None) -> Tensor:
+        """Log masses of all pages for scaled queries [rows * Q, R, D], fp32 [rows * Q, R, P] on the selector's device;
+        counted for the ``n_rows`` rows that need them, all where it is None; those of one step are made once."""
+        if self._scored is not None and self._scored[0] is query:
+            return self._scored[1]
+        self.meter.scored_rows += query.shape[0] if n_rows is None else n_rows
+        rows = by_row(query, self.geometry.rows).to(self.selector.device)
+        scores = self.selector.score(rows).reshape(*query.shape[:2], -1)
+        self._scored = (query, scores) if n_rows is None else None
+        return scores
+
+    def filtered(self, scores: Tensor) -> Tensor:
+        """The scores that pages are ranked by."""
+        return scores if self.page_filter is None else self.page_filter(self, scores)
+
+    @property
+    def reads_everything(self) -> bool:
+        """Whether the budget buys every page there is."""
+        return self.budget(self.n_tokens) >= self.n_pages * self.geometry.n_kv_heads
 
     def count_steps(self, query: Tensor, mass: Tensor) -> None:
         """Account for decode steps of scaled queries [rows * Q, R, D] in which the remainder had this share of the
@@ -176,8 +219,15 @@ class LayerCache:
         index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes
         if self.completion.uses_scores and not self._index_is_read:
             state_bytes += index_bytes
+        if self.n_revised:
+            query, mass = (
+                t.unflatten(0, (self.geometry.rows, -1))[:, self.n_revised :].flatten(0, 1) for t in (query, mass)
+            )
         n_steps = mass.shape[0] // self.geometry.rows
-        self.meter.count_steps(n_steps, self.n_tokens, index_bytes if self._index_is_read else 0, state_bytes, mass)
+        n_scored, self._n_scored_before = self.meter.scored_rows - self._n_scored_before, self.meter.scored_rows
+        index_read = index_bytes * n_scored // self.geometry.rows if self._index_is_read else 0
+        self.meter.count_steps(n_steps, self.n_tokens, index_read, state_bytes, mass)
+        self._scored = None
         for upkeep in self.upkeep:
             upkeep.after_steps(self, query.unflatten(0, (self.geometry.rows, n_steps)))
 
@@ -189,6 +239,7 @@ class LayerCache:
         pages = self.n_pages * self.store.shape.page_bytes if self.store.tier == "gpu" else 0
         summaries = index + self.completion.resident_bytes
         upkeep = sum(upkeep.resident_bytes for upkeep in self.upkeep)
+        upkeep += self.chooser.resident_bytes + self.reading.resident_bytes
         return self.anchors.resident_bytes + summaries + upkeep + self.fetch.slots.resident_bytes + pages
 
     @property

@@ -9,20 +9,21 @@ from kvoffload.attention.gate import choose_at_prefill
 from kvoffload.attention.layer import Anchored, LayerCache
 from kvoffload.attention.sample import take_sample
 from kvoffload.attention.stream import stream
-from kvoffload.cache.fetch import pack_pages
+from kvoffload.cache.fetch import Traffic, pack_pages
 from kvoffload.values import Partial, merge
 
 
-def prefill(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
+def prefill(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, traffic: Traffic | None = None) -> Partial:
     """Dense causal attention for a chunk: query [rows, R, Q, D], keys [rows, Q, D], values [rows, Q, Dv].
 
-    Earlier pages stream through the device block by block; the chunk's own pages leave for the store behind it.
+    Earlier pages stream through the device block by block (prefill traffic where none is given); the chunk's own pages
+    leave for the store behind it.
     """
     partials = [_attend(layer, query, keys, values, valid=_chunk_valid(layer, keys.shape[1]), causal=True)]
     if layer.n_tokens:
         anchors = layer.anchors
         partials.append(_attend(layer, query, anchors.keys, anchors.values, valid=_rows(anchors.valid(), layer)))
-    for pages in stream(layer):
+    for pages in stream(layer, traffic):
         flat = None if pages.valid is None else pages.valid.flatten(1)
         partials.append(_attend(layer, query, pages.keys.flatten(1, 2), pages.values.flatten(1, 2), valid=flat))
         partials = [merge(partials)]
@@ -83,6 +84,8 @@ def _summarise(
                 layer.completion.refresh()
         done += pages.n_pages
     layer.ready, layer.n_prefilled, layer.anchored, layer.n_estimated = True, n_prefilled, anchored, None
+    layer.chooser.restart()
+    layer.reading.restart()
     for upkeep in layer.upkeep:
         upkeep.restart()
     return weights

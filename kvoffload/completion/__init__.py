@@ -7,8 +7,10 @@ from pydantic import Field
 
 from kvoffload.completion.anchored import AnchoredCompletionConfig
 from kvoffload.completion.centroids import CentroidsCompletionConfig
+from kvoffload.completion.chelsea import ChelseaCompletionConfig
 from kvoffload.completion.exact import ExactCompletionConfig
 from kvoffload.completion.index_mass import IndexMassCompletionConfig
+from kvoffload.completion.keepkv import KeepkvCompletionConfig
 from kvoffload.completion.mean_value import MeanValueCompletionConfig
 from kvoffload.completion.moments import MomentsCompletionConfig
 from kvoffload.completion.none import NoCompletionConfig
@@ -32,6 +34,8 @@ CompletionConfig = Annotated[
     | MeanValueCompletionConfig
     | MomentsCompletionConfig
     | IndexMassCompletionConfig
-    | SketchCompletionConfig,
+    | SketchCompletionConfig
+    | KeepkvCompletionConfig
+    | ChelseaCompletionConfig,
     Field(discriminator="kind"),
 ]

@@ -62,6 +62,8 @@ class RegressionCompletion(Completion):
 
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
         rows, width, value_dim = self._geometry.rows, 1 + self._n_features, self._geometry.value_dim
+        if self.index is not None:
+            self.index.hands_on = True
         self._anchor = anchor
         self._centre = torch.zeros(rows, 1, self._n_features, device=self._device)
         self._log_scale = torch.full((rows,), -torch.inf, device=self._device)
@@ -113,7 +115,7 @@ class RegressionCompletion(Completion):
         Q, R] on the query's device."""
         assert self.index is not None, "built without an index"
         rows, size, n_tokens = self._geometry.rows, self._geometry.page_size, of_tokens.shape[1]
-        logits = soft_cap(self.index.logits(by_row(query, rows).to(self.index.device)), self._geometry.softcap)
+        logits = soft_cap(self.index.logits_again(by_row(query, rows).to(self.index.device)), self._geometry.softcap)
         read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], n_tokens // size).to(logits.device)
         logits = logits.reshape(*query.shape[:2], -1, size).masked_fill(read[:, None, :, None], -torch.inf)
         mean = Partial.weigh(logits.flatten(2), of_tokens)

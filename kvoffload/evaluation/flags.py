@@ -20,7 +20,7 @@ Seed = Annotated[int | None, flag("--seed", help="Seed of the samples and of the
 Contexts = Annotated[str | None, flag("--contexts", help="Prompt tokens, as in 4096,8k.")]
 Budgets = Annotated[str | None, flag("--budgets", help="As in 1%,2%,5%.")]
 BaselineBudgets = Annotated[
-    str | None, flag("--baseline-budgets", help="More budgets, for methods without a completion only.")
+    str | None, flag("--baseline-budgets", help="More budgets, for methods with neither completion nor policy.")
 ]
 Selectors = Annotated[
     str | None,
@@ -30,6 +30,11 @@ Selectors = Annotated[
 Completions = Annotated[
     str | None, flag("--completions", help="Completions, as in none,anchored:segments=16,anchored+pages@gate.")
 ]
+Policies = Annotated[
+    str | None,
+    flag("--policies", help="Policies, each combined with every selector and completion, as in "
+         "none,retro:window=4;prhs:block=8+retro."),
+]  # fmt: skip
 Pools = Annotated[str | None, flag("--pools", help="layer, none or both; combined with the others.")]
 Methods = Annotated[
     str | None,

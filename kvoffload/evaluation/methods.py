@@ -20,7 +20,7 @@ from kvoffload.errors import UsageError
 _SEPARATOR = re.compile(r";|,(?!\s*\w+\s*=)")
 COMMON = frozenset({"offload", "page_size", "sinks", "recent", "dtype", "device"})
 """Fields that are the same for a whole sweep: a prefill is taken over by every cell."""
-_NOT_IN_METHODS = COMMON | {"budget", "selector", "completion", "gpu_cache"}
+_NOT_IN_METHODS = COMMON | {"budget", "selector", "completion"}
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,14 @@ class Method:
             raise UsageError(f"method {self.name!r}: {explain(error, RuntimeConfig.model_fields)}") from None
 
 
-def cross(selectors: Sequence[str], completions: Sequence[str], pools: Sequence[str]) -> list[str]:
-    """Every selector with every completion, and with every pool where pools are given."""
+def cross(
+    selectors: Sequence[str], completions: Sequence[str], pools: Sequence[str], policies: Sequence[str] = ()
+) -> list[str]:
+    """Every selector with every completion, and with every pool and policy where there are any."""
     names = [f"{selector}/{completion}" for selector, completion in product(selectors, completions)]
-    return [f"{name}@pool={pool}" for name, pool in product(names, pools)] if pools else names
+    names = [f"{name}@pool={pool}" for name, pool in product(names, pools)] if pools else names
+    named = ["" if policy == "none" else f"@policy={policy}" for policy in policies] or [""]
+    return [name + policy for policy, name in product(named, names)]
 
 
 def split_list(text: str) -> list[str]:

@@ -74,6 +74,7 @@ class SweepSpec(BaseModel):
     selectors: Names = ()
     completions: Names = ()
     pools: Names = ()
+    policies: Names = ()
     baseline: str = "bounds/none"
     offload: str = "cpu"
     page_size: int = 16
@@ -96,9 +97,12 @@ class SweepSpec(BaseModel):
         """The methods, each once."""
         if bool(self.selectors) != bool(self.completions):
             raise UsageError("selectors and completions are combined: give both, or --methods")
-        if self.pools and not self.selectors:
-            raise UsageError("pools are combined with selectors and completions: write @pool= behind a method instead")
-        names = [*self.methods, *cross(self.selectors, self.completions, self.pools)]
+        for several, one, given in (("pools", "pool", self.pools), ("policies", "policy", self.policies)):
+            if given and not self.selectors:
+                raise UsageError(
+                    f"{several} are combined with selectors and completions: write @{one}= behind a method instead"
+                )
+        names = [*self.methods, *cross(self.selectors, self.completions, self.pools, self.policies)]
         if not names:
             raise UsageError("nothing to compare: give --selectors and --completions, or --methods")
         methods = [Method.parse(name).with_settings(self.set) for name in names]
@@ -106,15 +110,18 @@ class SweepSpec(BaseModel):
 
     def budgets_of(self, method: Method) -> tuple[str, ...]:
         """The budgets of a method; selection-only ones also run at ``baseline_budgets``, so that their curve reaches
-        what others are charged."""
-        extra = self.baseline_budgets if method.completion == "none" else ()
+        what others are charged. Those with a policy or a page cache do not."""
+        is_plain = method.completion == "none" and not method.fields.keys() & {"policy", "gpu_cache"}
+        extra = self.baseline_budgets if is_plain else ()
         return tuple(dict.fromkeys(str(budget) for budget in (*self.budgets, *extra)))
 
     def check(self) -> None:
         """Raises UsageError for everything that can be refused without a tokenizer."""
         for method in self.compared:
             for budget in self.budgets_of(method):
-                method.config(budget, self.common)
+                config = method.config(budget, self.common)
+                if any(policy.build().freezing is not None for policy in config.policy):
+                    raise UsageError(f"method {method.name!r}: freeze_from changes the prefill, which all cells share")
         Method.parse(self.baseline)
         self.task.check(self.contexts)
 

@@ -70,6 +70,9 @@ class Row:
     read_share: float | None
     index_bytes_per_token: float | None
     gate_abstains: float | None
+    scored_share: float | None
+    dropped_mass: float | None
+    dropped_mass_held: float | None
     metric: str
     value: float
     stderr: float | None
@@ -118,7 +121,9 @@ def _row(cell: CellResult, metric: Metric) -> Row:
         selector=first.cell["selector"], completion=first.cell["completion"], gate=first.cell["gate"],
         pool=first.cell["pool"], budget=cell.budget, charged_share=cell.cost("charged_share"),
         read_share=cell.cost("read_share"), index_bytes_per_token=cell.cost("index_bytes_per_token"),
-        gate_abstains=cell.cost("gate_abstains"), metric=metric.name, value=value, stderr=error,
+        gate_abstains=cell.cost("gate_abstains"), scored_share=cell.cost("scored_share"),
+        dropped_mass=cell.cost("dropped_mass"), dropped_mass_held=cell.cost("dropped_mass_held"),
+        metric=metric.name, value=value, stderr=error,
         n=sum(r.n for r in cell.results if metric.name in r.values), samples=len(values), seed=first.seed,
         commit=",".join(sorted({r.commit for r in cell.results})),
     )  # fmt: skip

@@ -10,6 +10,8 @@ from torch import Tensor
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefill import prepare
 from kvoffload.models.cache import OffloadCache
+from kvoffload.models.feed import feed
+from kvoffload.models.freeze import frozen_states
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}  # of all sequences together
 _FETCHED_BYTES = (
@@ -24,7 +26,8 @@ def prefill(model: Any, cache: OffloadCache, ids: Tensor) -> Tensor:
     size = cache.config.prefill_chunk or max(_CHUNK_TOKENS.get(model.device.type, 1024) // len(ids), 1)
     with cache.prefilling():
         for chunk in ids.to(model.device).split(size, dim=1):
-            logits: Tensor = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            with frozen_states(model, cache.freezing, cache.get_seq_length()):
+                logits: Tensor = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     for layer in cache.offloaded:
         prepare(layer)
     return logits[:, -1].float()
@@ -39,10 +42,11 @@ def teacher_forced(model: Any, cache: OffloadCache, ids: Tensor, *, longest: int
     cache allows (``OffloadCache.run_length``), ``longest`` tokens at most, and shorter where a step reads much.
     """
     ids, done = ids.to(model.device), 0
+    if cache.config.gpu_cache is not None:
+        longest = 1  # several queries would pass the page cache by
     while done < ids.shape[1]:
         n_tokens = cache.run_length(min(ids.shape[1] - done, longest, _affordable(cache)))
-        with cache.decoding():
-            logits: Tensor = model(ids[:, done : done + n_tokens], past_key_values=cache, use_cache=True).logits
+        logits = feed(model, cache, ids[:, done : done + n_tokens])
         done += n_tokens
         yield logits.float()
 

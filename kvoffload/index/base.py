@@ -14,6 +14,24 @@ class KeyIndex(ABC):
 
     device: torch.device
     n_tokens: int
+    hands_on: bool = False
+    """Set by a completion that attends over the index: the logits of ``score`` are kept for it, once."""
+
+    _scored: tuple[Tensor, Tensor] | None = None
+
+    def score(self, query: Tensor) -> Tensor:
+        """``logits``, for the selector, which comes first in a step."""
+        logits = self.logits(query)
+        self._scored = (query, logits) if self.hands_on else None
+        return logits
+
+    def logits_again(self, query: Tensor) -> Tensor:
+        """``logits`` of queries that may just have been scored; then they are handed on and forgotten here. Queries are
+        the same if they lie in the same memory, which is kept until then."""
+        scored, self._scored = self._scored, None
+        if scored is not None and _same(scored[0], query) and scored[1].shape[-1] == self.n_tokens:
+            return scored[1]
+        return self.logits(query)
 
     @abstractmethod
     def reset(self, sample: KeySample | None = None) -> None:
@@ -40,6 +58,10 @@ class KeyIndex(ABC):
     def resident_bytes(self) -> int:
         """Bytes kept on ``device``."""
         return self.index_bytes
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 class Padding:

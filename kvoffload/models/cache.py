@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-import torch
 from kvoffload_storage.errors import CapacityError
 from kvoffload_storage.file import FileStore
 from kvoffload_storage.segments import Sealed
@@ -27,7 +26,11 @@ from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
 from kvoffload.geometry import Geometry
+from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
+from kvoffload.models.freeze import SharedKv
+from kvoffload.models.padding import note_padding
+from kvoffload.policies.base import Depth, Freezing
 from kvoffload.values import Partial, query_rows
 
 _UPDATED: ContextVar["OffloadLayer | None"] = ContextVar("updated layer", default=None)
@@ -87,14 +90,18 @@ class OffloadLayer(CacheLayerMixin):
             raise OutOfRoomError(str(error)) from error
 
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+        if self._cache.rectifies:
+            return prefill(kv, q, k, v, kv.fetch.decode)
         one_by_one = q.shape[2] == 1 or self._cache.stepping
         if self._cache.exact or kv.n_tokens == 0 or not one_by_one:
-            self._note_padding(kv, mask)
+            k, v = self._cache.freeze(self.place, kv.n_tokens, k, v)
+            note_padding(kv, mask)
             kv.remember_queries(q)
             return prefill(kv, q, k, v)
         prepare(kv)
-        if q.shape[2] > kv.run_length(q.shape[2]):
-            raise UsageError(f"{q.shape[2]} tokens in one forward: at most {kv.run_length(q.shape[2])} can be decoded")
+        n_new = q.shape[2] - kv.n_revised
+        if n_new > kv.run_length(n_new):
+            raise UsageError(f"{n_new} tokens in one forward: at most {kv.run_length(n_new)} can be decoded")
         step = decode(kv, query_rows(q), k, v)
         output, lse = (t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse))
         return Partial(output, lse)
@@ -145,20 +152,6 @@ class OffloadLayer(CacheLayerMixin):
 
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
-    def _note_padding(self, kv: LayerCache, mask: Tensor | None) -> None:
-        """Left padding of each row from bool [B, 1, 1, KV]; anything but left padding is refused."""
-        if mask is None:
-            return
-        if mask.dtype != torch.bool or mask.shape[-2] != 1:
-            raise UnsupportedModelError(f"an attention mask of shape {list(mask.shape)} is not supported")
-        real = mask[:, 0, 0]
-        padding = (~real).sum(-1)
-        slots = torch.arange(real.shape[1], device=real.device)
-        if not bool((real == (slots >= padding[:, None])).all()):
-            raise UsageError("attention_mask must be left padding: zeros, then ones, in every row")
-        if kv.anchors.padding is not None or bool(padding.any()):
-            kv.anchors.padding = padding.repeat_interleave(kv.geometry.n_kv_heads)
-
 
 class OffloadCache(DynamicCache):
     """A DynamicCache whose full-attention layers keep their KV in the configured tier.
@@ -182,7 +175,12 @@ class OffloadCache(DynamicCache):
         for place, i in enumerate(unbounded):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)
-        self.config, self.exact, self.stepping = config, False, False
+        self.config, self.exact, self.stepping, self.rectifies = config, False, False, False
+        self.policies = [policy.build() for policy in config.policy]
+        self.anew = Anew(self.policies)
+        self._shared_kv = SharedKv(self.freezing) if self.freezing and self.freezing.what == "kv" else None
+        if self.anew.is_wanted and self.n_offloaded < len(self.layers):
+            raise UsageError("policy: layers with bounded KV (sliding windows) do not allow to compute tokens anew")
         self._expected_tokens, self._prefetch = expected_tokens, Prefetch(config.prefetch)
         self._stores: dict[StoreShape, Store] = {}
         self._sealed: dict[StoreShape, Sealed] = {}
@@ -229,25 +227,61 @@ class OffloadCache(DynamicCache):
     @contextmanager
     def prefilling(self) -> Iterator[None]:
         """Inside this block every forward is exact, also one of a single token."""
+        self.forget_decoded()
         self.exact = True
         try:
             yield
         finally:
             self.exact = False
 
+    @property
+    def freezing(self) -> Freezing | None:
+        """What prefills freeze of early tokens."""
+        return next((policy.freezing for policy in self.policies if policy.freezing is not None), None)
+
+    def freeze(self, place: int, n_before: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What a prefill gives a layer as keys and values [rows, n, D], [rows, n, Dv] of a chunk."""
+        if self._shared_kv is None:
+            return keys, values
+        return self._shared_kv.share(Depth(place, self.n_offloaded), n_before, keys, values)
+
     @contextmanager
-    def decoding(self) -> Iterator[None]:
+    def decoding(self, *, n_revised: int = 0) -> Iterator[None]:
         """Inside this block a forward of several tokens decodes each of them under the budget, as single steps would;
-        it may have ``run_length`` tokens."""
+        it may have ``run_length`` tokens, and ``n_revised`` older ones before them that were cropped."""
         self.stepping = True
+        for kv in self.offloaded:
+            kv.n_revised = n_revised
         try:
             yield
         finally:
             self.stepping = False
+            for kv in self.offloaded:
+                kv.n_revised = 0
 
     def run_length(self, limit: int) -> int:
         """How many of the next ``limit`` tokens one forward can decode."""
+        limit = self.anew.run_length(limit)
         return min((kv.run_length(limit) for kv in self.offloaded), default=min(limit, 1))
+
+    @contextmanager
+    def rectifying(self) -> Iterator[None]:
+        """Inside this block a forward of cropped tokens is dense and gives them new keys and values; its reads count as
+        decode reads. What readings kept of those tokens is void then."""
+        self.rectifies = True
+        try:
+            yield
+        finally:
+            self.rectifies = False
+            self.anew.note_pass()
+            for kv in self.offloaded:
+                kv.reading.restart()
+
+    def forget_decoded(self) -> None:
+        """Other tokens than decoded ones come, or decoded ones go: policies compute nothing before them anew."""
+        self.anew.forget()
+        for kv in self.offloaded:
+            kv.reading.restart()
 
     def build(self, index: int, place: int, geometry: Geometry, keys: Tensor, values: Tensor) -> LayerCache:
         """The cache of the model's layer ``index``, the ``place``-th offloaded one; called once by its first
@@ -264,16 +298,9 @@ class OffloadCache(DynamicCache):
             self._staging[shape] = Staging(shape.slice_bytes, keys.device)
         store, staging = self._stores[shape], self._staging[shape]
         return build_layer(
-            self.config,
-            geometry,
-            store,
-            place,
-            model_layer=index,
-            staging=staging,
-            prefetch=self._prefetch,
-            keys=keys,
-            values=values,
-        )
+            self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values,
+            policies=self.policies, prefetch=self._prefetch,
+        )  # fmt: skip
 
     def begin_with(self, stores: Sequence[Sealed]) -> None:
         """Layers that are built from now on begin with these pages; their files are closed with this cache."""
@@ -296,6 +323,10 @@ class OffloadCache(DynamicCache):
     def copy_prefill(self, *sources: "OffloadCache") -> None:
         """Begin with the tokens of another cache of the same model, page size and anchors, whatever its tier and
         policies; those of several single sequences become a batch, padded at the left."""
+        if self.freezing is not None:
+            raise UsageError(
+                "policy prhs: freeze_from changes the prefill, which cannot be one that was made without it"
+            )
         same = ("page_size", "sinks", "recent")
         if any(getattr(self.config, name) != getattr(source.config, name) for name in same for source in sources):
             raise UsageError(f"a prefill can only be copied between equal {', '.join(same)}")

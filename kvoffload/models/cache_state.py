@@ -38,6 +38,8 @@ class LayerState(BaseModel):
 def dump_cache(cache: OffloadCache) -> tuple[dict[str, Tensor], list[LayerState]]:
     """Copies in host memory, named by layer. Raises UnsupportedModelError for layers that are no plain KV, and
     KvoffloadError when a forward was broken off in the middle."""
+    if cache.freezing is not None:
+        raise UnsupportedModelError("a session whose policy freezes early tokens cannot be saved")
     tensors, states = dump_layers(cache)
     if len(counts := {state.n_tokens for state in states}) > 1:
         raise KvoffloadError(f"a forward was broken off: layers have {min(counts)} to {max(counts)} tokens")

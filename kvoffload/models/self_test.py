@@ -53,7 +53,7 @@ def check_parity(model: Any, config: RuntimeConfig) -> float:
 
 def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
     small = {"sinks": 4, "recent": 8, "page_size": 4, "budget": Budget.parse("100%"), "gate": False}
-    first = {"completion": config.completion[:1], "nvme_max": None, "cpu_max": None, "gpu_cache": None}
+    first = {"completion": config.completion[:1], "nvme_max": None, "cpu_max": None, "gpu_cache": None, "policy": ()}
     cache = OffloadCache(model.config, config.model_copy(update=small | first))
     with cache:
         prompt = ids[:, : _N_TOKENS - _N_STEPS]

@@ -104,8 +104,12 @@ class Runtime:
         The model's attention implementation is switched to ours (its results with other caches stay the same). One
         cache serves one batch of sequences; close it afterwards. num_beams > 1 is refused.
         """
+        cache = OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens)
+        if cache.anew.is_wanted or cache.freezing is not None:
+            kinds = "+".join(config.kind for config in self.config.policy)
+            raise UsageError(f"policy: {kinds!r} computes tokens anew, which the stock generate cannot: use a session")
         self._take_over(hf_model)
-        return OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens)
+        return cache
 
     def _take_over(self, model: Any) -> None:
         if getattr(model, "_kvoffload_checked", False) or not self.config.self_test:

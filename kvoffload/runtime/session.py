@@ -14,6 +14,8 @@ from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
+from kvoffload.models.feed import feed
+from kvoffload.models.freeze import frozen_states
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
@@ -114,7 +116,8 @@ class Session:
         pending = self.token_ids[self.cache.get_seq_length() :]
         done, total = 0, len(pending)
         for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
-            with self.cache.prefilling():
+            frozen = frozen_states(self.model, self.cache.freezing, self.cache.get_seq_length())
+            with self.cache.prefilling(), frozen:
                 self._logits = self._forward(chunk[None])
             done += len(chunk)
             if on_progress is not None:
@@ -147,6 +150,7 @@ class Session:
             raise UsageError(f"cannot crop {n_tokens} of {len(self.token_ids)} tokens: at least one goes and one stays")
         kept = self.token_ids[: len(self.token_ids) - n_tokens]
         self.cache.crop(-(self.cache.get_seq_length() - (len(kept) - 1)))
+        self.cache.forget_decoded()
         self.token_ids = kept
 
     def stream(self, sampling: SamplingConfig | None = None) -> Iterator[StreamEvent]:
@@ -192,6 +196,7 @@ class Session:
             restored_tokens=self._restored,
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
+            max_dropped_mass=self.config.max_dropped_mass,
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -253,7 +258,8 @@ class Session:
         """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
         for token in self.token_ids[self.cache.get_seq_length() :]:
             try:
-                self._logits = self._forward(torch.tensor([[token]], device=self.model.device))
+                self._computed += 1
+                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
             except IntegrityError as error:  # then this token and those behind it are prefilled
                 repair(self, error)
                 ttft_s = self._ttft_s

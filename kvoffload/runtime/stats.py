@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from kvoffload_storage.store import Moved
 
 from kvoffload.attention.layer import LayerCache
@@ -38,6 +39,10 @@ class Stats:
     recomputed_pages: int = 0
     disk_wait_ms: float | None = None
     late_share: float | None = None
+    scored_share: float | None = None
+    max_dropped_mass: float | None = None
+    dropped_mass: float | None = None
+    dropped_mass_held: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +73,30 @@ class Reads:
         return Reads(read / n_steps, charged / n_steps, context / n_steps)
 
 
+@dataclass(frozen=True)
+class Audited:
+    """The dropped mass of the audited steps: its mean over steps, layers and query heads, and the share of them in
+    which it was at most the target (None without a target)."""
+
+    mean: float
+    held: float | None
+
+    @staticmethod
+    def of(layers: Sequence[LayerCache], target: float | None) -> "Audited | None":
+        """None before the first audited step."""
+        dropped = [mass.flatten() for layer in layers for mass in layer.meter.dropped]
+        if not dropped:
+            return None
+        masses = torch.cat(dropped)
+        return Audited(float(masses.mean()), None if target is None else float((masses <= target).float().mean()))
+
+
+def scored_share(layers: Sequence[LayerCache]) -> float | None:
+    """Kv heads and steps that scored their pages, as a share of all; None before the first step with pages."""
+    n_steps = sum(layer.meter.steps * layer.geometry.rows for layer in layers)
+    return sum(layer.meter.scored_rows for layer in layers) / n_steps if n_steps else None
+
+
 def collect(
     layers: Sequence[LayerCache],
     *,
@@ -80,6 +109,7 @@ def collect(
     restored_tokens: int = 0,
     computed_tokens: int = 0,
     recomputed_pages: int = 0,
+    max_dropped_mass: float | None = None,
 ) -> Stats:
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
     what was read and written between tiers for a session file."""
@@ -97,6 +127,7 @@ def collect(
     n_asked = sum(layer.fetch.n_asked for layer in layers)
     masses = [float(x.meter.completion_mass) / x.meter.steps for x in layers if x.meter.completion_mass is not None]
     chosen = [layer.gate.choice for layer in layers if layer.gate is not None and layer.gate.choice is not None]
+    audited = Audited.of(layers, max_dropped_mass)
     return Stats(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -121,4 +152,8 @@ def collect(
         disk_wait_ms=sum(layer.fetch.wait_s for layer in layers) / n_steps * 1000 if n_steps else None,
         late_share=sum(layer.fetch.n_late for layer in layers) / n_asked if n_asked else None,
         gate_abstain_share=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
+        scored_share=scored_share(layers),
+        max_dropped_mass=max_dropped_mass,
+        dropped_mass=audited.mean if audited else None,
+        dropped_mass_held=audited.held if audited else None,
     )

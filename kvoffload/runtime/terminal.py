@@ -88,6 +88,12 @@ def statistics_line(stats: Stats) -> str:
         parts.append(f"completion mass {stats.completion_mass:.3f}")
     if stats.gate_abstain_share is not None:
         parts.append(f"{stats.gate_abstain_share:.0%} of heads abstain")
+    if stats.scored_share is not None and stats.scored_share < 1:
+        parts.append(f"{stats.scored_share:.0%} scored")
+    if stats.dropped_mass is not None:
+        target = f" of at most {stats.max_dropped_mass:g}" if stats.max_dropped_mass is not None else ""
+        held = f", held {stats.dropped_mass_held:.1%}" if stats.dropped_mass_held is not None else ""
+        parts.append(f"dropped mass {stats.dropped_mass:.3f}{target}{held}")
     return " · ".join([*parts, f"resident {format_size(stats.resident_bytes)}"])
 
 

@@ -10,6 +10,23 @@ from kvoffload.values import Selection
 Pool = Literal["layer", "none"]
 
 
+def page_shares(scores: Tensor, anchor_lse: Tensor) -> Tensor:
+    """Each page's log share of the total mass, summed over the query heads of a row: log masses fp32 [rows, R, P] and
+    those of the anchors [rows, R] to fp32 [rows, P]."""
+    total = torch.logaddexp(scores.logsumexp(-1), anchor_lse)
+    return (scores - total[..., None]).logsumexp(1)
+
+
+def take_best(ranking: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``counts`` int64 [rows] best pages of each row of a ranking [rows, P], as row and page ids int64 [F]; waits
+    for the device. Pages at -inf are never taken."""
+    best = ranking.sort(dim=1, descending=True)
+    place = torch.arange(ranking.shape[1], device=ranking.device)
+    taken = (place < counts[:, None]) & ~best.values.isneginf()
+    row_ids = torch.arange(ranking.shape[0], device=ranking.device)[:, None].expand_as(taken)
+    return row_ids[taken], best.indices[taken]
+
+
 def select_top(
     scores: Tensor, anchor_lse: Tensor, *, n_sequences: int, n_slices: int, pool: Pool, n_queries: int = 1
 ) -> Selection:
@@ -23,8 +40,7 @@ def select_top(
     """
     n_pages = scores.shape[-1]
     n_heads = scores.shape[0] // (n_sequences * n_queries)
-    total = torch.logaddexp(scores.logsumexp(-1), anchor_lse)
-    shares = (scores - total[..., None]).logsumexp(1).view(n_sequences, n_heads, n_queries, n_pages)
+    shares = page_shares(scores, anchor_lse).view(n_sequences, n_heads, n_queries, n_pages)
     query_rows = torch.arange(shares.shape[:3].numel(), device=scores.device).view(n_sequences, n_heads, n_queries)
     heads = n_heads if pool == "layer" else 1  # kv heads that share one list
     lists = (n_sequences, n_heads // heads, heads, n_queries)

@@ -141,6 +141,17 @@ def kinds(slot: str) -> str:
         ("generate --model tiny -p x --layer-budgets /none", 2, "layer_budgets: file '/none' is not there"),
         ("generate --model tiny -p x --layer-budgets README.md", 2, "layer_budgets: file must be made by kvoffload"),
         ("generate --model tiny -p x --completion phi+none", 2, "give one, or let --gate choose"),
+        (
+            "generate --model tiny -p x --policy best",
+            2,
+            "policy: 'best' is unknown; accepted: prhs, hshare, tokenselect",
+        ),
+        ("generate --model tiny -p x --policy prhs:blok=2", 2, "policy.prhs.blok: unknown name; accepted: block, tau"),
+        ("generate --model tiny -p x --policy retro:window=65", 2, "policy.retro.window: 65: input should be less"),
+        ("generate --model tiny -p x --policy resa:every=65", 2, "every=65 must not exceed recent=64"),
+        ("generate --model tiny -p x --max-dropped-mass 2", 2, "max_dropped_mass: '2'"),
+        ("generate --model tiny -p x --max-dropped-mass 0.1 --completion none", 2, "max_dropped_mass: 0.1 needs one"),
+        ("generate --model tiny -p x --audit 0", 2, "audit: '0'"),
         ("generate --model tiny -p x --offload tape", 2, "'tape' is unknown; accepted: none, cpu, nvme"),
         ("generate --model tiny -p x --budget 16M", 2, "'16M' is not a budget: give a share of the context (5%)"),
         ("generate --model tiny -p x --budget 120%", 2, "'120%' is more than 100%"),
@@ -199,6 +210,32 @@ def test_the_merged_settings_follow_file_environment_and_flags(
     ran = kvoffload(*flags, "--json", "--stop", "a", "--stop", "b")
     assert ran.code == 0
     assert json.loads(ran.out)["stop"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("policy", ["prhs", "hshare", "retro:window=3", "resa:every=2", "refresh", "tokenselect"])
+def test_every_policy_generates_and_is_told_in_the_result(kvoffload: Any, policy: str) -> None:
+    prompt = "The quick brown fox jumps over the lazy dog. " * 12
+    flags = ("--max-dropped-mass", "0.2", "--completion", "pages", "--audit", "1", "--json")
+    ran = kvoffload(*TINY, "-p", prompt, "--policy", policy, *flags)
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
+    assert told["config"]["policy"][0]["kind"] == policy.partition(":")[0]
+    assert 0 <= told["dropped_mass"] <= 1
+    assert (told["max_dropped_mass"], told["new_tokens"]) == (0.2, 3)
+    assert 0 <= told["dropped_mass_held"] <= 1
+
+
+def test_policies_have_sections_in_a_file(kvoffload: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'max_dropped_mass = 0.05\n[[policy]]\nkind = "prhs"\nblock = 4\n[[policy]]\nkind = "retro"\nwindow = 2\n'
+    )
+    told = tomllib.loads(kvoffload("generate", "--config", str(file), "--print-config").out)
+    assert [(p["kind"], p.get("block"), p.get("window")) for p in told["policy"]] == [
+        ("prhs", 4, None),
+        ("retro", None, 2),
+    ]
+    assert told["max_dropped_mass"] == 0.05
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu", "nvme"])

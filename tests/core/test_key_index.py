@@ -93,3 +93,28 @@ def test_moments_are_those_of_the_keys_that_count():
         real = keys[row, valid[row]]
         assert_close(mean[row], real.mean(0))
         assert_close(covariance[row], real.T.cov(correction=0))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_logits_that_were_scored_are_handed_on_once_and_to_their_own_queries_only(name):
+    shape = geometry()
+    pages, query, other = random_pages(shape, 200), random_query(shape), random_query(shape, 9)
+    index = filled(name, pages)
+    index.hands_on = True
+    scored = index.score(query)
+    assert index.logits_again(query) is scored
+    again = index.logits_again(query)
+    assert again is not scored
+    assert torch.equal(again, scored)
+    index.score(query)
+    assert torch.equal(index.logits_again(other), index.logits(other))
+
+
+def test_logits_scored_before_a_page_came_are_not_handed_on():
+    shape = geometry()
+    pages, query = random_pages(shape, 200), random_query(shape)
+    index = filled("quantized", pages.run(0, 199))
+    index.hands_on = True
+    index.score(query)
+    index.absorb(pages.run(199, 200))
+    assert index.logits_again(query).shape[-1] == 800

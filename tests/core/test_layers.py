@@ -68,6 +68,8 @@ def calls(tree, name):
         ([CORE / "selection", CORE / "completion", CORE / "cache"], ["kvoffload.attention", "kvoffload.models"], []),
         ([CORE / "selection", CORE / "completion", CORE / "cache"], ["kvoffload.runtime", "kvoffload.config"], []),
         ([CORE / "attention"], ["kvoffload.models", "kvoffload.runtime"], []),
+        ([CORE / "policies"], ["kvoffload.models", "kvoffload.runtime", "kvoffload.config", "kvoffload_storage"], []),
+        ([CORE / "selection", CORE / "completion", CORE / "cache"], ["kvoffload.policies"], []),
         ([CORE / "models"], ["kvoffload.runtime"], []),
     ],
     ids=lambda value: "+".join(getattr(v, "name", str(v)) for v in value) if isinstance(value, list | tuple) else None,
@@ -126,6 +128,18 @@ def test_the_decode_path_knows_no_kind():
         ]
         texts = {n.value for n in compared if isinstance(n, ast.Constant)} - {"none", "cpu"}  # pool and index say these
         assert not texts & kinds, path
+
+
+def test_the_step_knows_no_policy():
+    """Only the building of a layer sees policies, and nobody asks for their names."""
+    seeing = {line.partition(":")[0] for line in offenders([CORE / "attention"], ["kvoffload.policies"])}
+    assert seeing == {"kvoffload/attention/build.py"}
+    kinds = {"prhs", "hshare", "tokenselect", "retro", "resa", "refresh"}
+    for path, tree in trees(CORE / "attention", CORE / "cache", CORE / "models"):
+        compared = [
+            n for node in ast.walk(tree) if isinstance(node, ast.Compare) for n in [node.left, *node.comparators]
+        ]
+        assert not {n.value for n in compared if isinstance(n, ast.Constant)} & kinds, path
 
 
 def test_no_file_is_long():

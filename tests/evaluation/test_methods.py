@@ -62,7 +62,6 @@ def test_equal_methods_have_equal_names():
     [
         ("bounds", "selector/completion"),
         ("/none", "selector/completion"),
-        ("bounds/none@gpu_cache=1G", "gpu_cache"),
         ("bounds/none@budget=1%", "budget"),
         ("bounds/none@page_size=32", "page_size"),
         ("bounds/none@speed=2", "accepted names"),
@@ -71,6 +70,13 @@ def test_equal_methods_have_equal_names():
 def test_what_no_method_can_be_is_refused(text, told):
     with pytest.raises(UsageError, match=told):
         Method.parse(text)
+
+
+def test_every_policy_is_crossed_with_every_pair():
+    assert cross(["a"], ["x", "y"], [], ["none", "prhs:block=8"]) == [
+        "a/x", "a/y", "a/x@policy=prhs:block=8", "a/y@policy=prhs:block=8",
+    ]  # fmt: skip
+    assert split_list("none,prhs:block=8,tau=0.5;retro+resa") == ["none", "prhs:block=8,tau=0.5", "retro+resa"]
 
 
 def test_everything_is_crossed():

@@ -255,3 +255,40 @@ def test_plots_without_matplotlib_are_refused_first(sweep, no_weights, monkeypat
     assert code == 2
     assert "--no-plots" in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_policies_stand_side_by_side_with_and_without_completion(sweep, tmp_path):
+    policies = "none,prhs:block=4;retro:window=3;resa:every=4;refresh;tokenselect;hshare"
+    pairs = ("--selectors", "bounds", "--completions", "none,pages", "--policies", policies)
+    code, _, stderr = sweep("--budgets", "10%", *pairs, "--set", "audit=2")
+    assert code == 0, stderr
+    found = {row["method"] for row in rows(tmp_path / "out")}
+    assert {
+        f"bounds/{c}@audit=2@policy={p}" for c in ("none", "pages") for p in ("resa:every=4", "refresh", "hshare")
+    } < found
+    assert len(found) == 1 + 14
+    costs = [json.loads(line)["cost"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert all(0 < cost["dropped_mass"] < 1 and cost["scored_share"] >= 0 for cost in costs if cost is not None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--methods", "bounds/none@policy=nope"), "policy: 'nope' is unknown; accepted: prhs"),
+        (("--methods", "bounds/none@policy=prhs:freeze_from=1"), "freeze_from changes the prefill"),
+        (("--methods", "bounds/none@policy=retro:window=0"), "policy.retro.window: 0"),
+        (("--methods", "bounds/none@max_dropped_mass=0.1"), "needs one completion"),
+        (("--policies", "retro"), "write @policy= behind a method instead"),
+    ],
+)
+def test_policies_that_cannot_be_compared_are_refused_before_weights_load(sweep, no_weights, arguments, told):
+    code, _, stderr = sweep("--budgets", "10%", *arguments)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert told in stderr
+
+
+def test_more_budgets_are_for_methods_with_neither_completion_nor_policy(tmp_path, text):
+    methods = "bounds/none;bounds/pages;bounds/none@policy=prhs;bounds/none@gpu_cache=1M"
+    flags = {"model": "tiny", "task": "kl", "text": [text], "contexts": "120", "budgets": "5%", "out": tmp_path}
+    spec = load_spec({**flags, "methods": methods, "baseline_budgets": "10%,20%"}, None)
+    assert [len(spec.budgets_of(method)) for method in spec.compared] == [3, 1, 1, 1]

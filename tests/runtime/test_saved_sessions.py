@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
+from kvoffload.runtime import session as session_module
 from kvoffload.runtime.engine import Runtime
 
 TIERS = ["none", "cpu", "nvme"]
@@ -37,6 +38,10 @@ def count_forwards(session, monkeypatch):
     """Tokens of every forward from now on."""
     fed, forward = [], session._forward
     monkeypatch.setattr(session, "_forward", lambda ids: (fed.append(ids.shape[1]), forward(ids))[1])
+    feed = session_module.feed
+    monkeypatch.setattr(
+        session_module, "feed", lambda model, cache, ids: (fed.append(ids.shape[1]), feed(model, cache, ids))[1]
+    )
     return fed
 
 

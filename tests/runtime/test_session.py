@@ -77,6 +77,10 @@ def test_the_tokens_of_a_session_are_those_that_were_fed(open_session, ids, monk
     session, fed = open_session(), []
     forward = session._forward
     monkeypatch.setattr(session, "_forward", lambda chunk: (fed.extend(chunk.flatten().tolist()), forward(chunk))[1])
+    feed = session_module.feed
+    monkeypatch.setattr(
+        session_module, "feed", lambda model, cache, ids: (fed.extend(ids[0].tolist()), feed(model, cache, ids))[1]
+    )
     session.prefill(ids(60))
     pending = tokens(session, greedy(3))[-1]
     session.step((pending + 1) % 256)

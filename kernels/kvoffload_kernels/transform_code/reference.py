@@ -18,7 +18,8 @@ _TIERS = {
 }  # eighths of the channels
 _BITS = (4, 2, 1)
 
-_LLOYD_STEPS = 8
+_LLOYD_STEPS = 4
+_LLOYD_TOKENS = 8192  # of the sample, evenly spread
 
 # Lloyd-Max quantisers of a standard normal variable (J. Max, IRE Trans. Inf. Theory 6(1), 1960, table I), the positive
 # levels: where the fit of the levels begins.
@@ -75,6 +76,8 @@ Levels = tuple[Tensor, Tensor, Tensor]
 def fit_levels(channels: Tensor, weights: Tensor, widths: tuple[int, int, int]) -> Levels:
     """Levels of least mean squared error for channels fp32 [rows, n, >= sum(widths)] with weights fp32 [rows, n], by
     Lloyd's iteration from a normal variable's (S. Lloyd, IEEE Trans. Inf. Theory 28(2), 1982): channels have tails."""
+    stride = -(-channels.shape[1] // _LLOYD_TOKENS)
+    channels, weights = channels[:, ::stride], weights[:, ::stride]
     tiers = channels[..., : sum(widths)].mT.split(list(widths), dim=1)
     fours, twos, ones = (_lloyd(tier, weights, bits) for tier, bits in zip(tiers, _BITS, strict=True))
     return fours, twos, ones
@@ -91,11 +94,31 @@ def encode(keys: Tensor, mean: Tensor, analysis: Tensor, levels: Levels) -> Tens
 
 def decode(codes: Tensor, levels: Levels) -> Tensor:
     """The D' channels that have bits, fp32 [rows, n, D'], of packed codes; the first D' columns of the synthesis matrix
-    restore a key from them."""
+    restore a key from them. One look-up a byte gives all of its channels."""
     widths = [level.shape[1] for level in levels]
     parts = codes.split([-(-width * bits // 8) for width, bits in zip(widths, _BITS, strict=True)], dim=-1)
-    unpacked = [_unpack(part, bits, width).mT for part, bits, width in zip(parts, _BITS, widths, strict=True)]
-    return torch.cat([level.float().gather(-1, c.long()) for level, c in zip(levels, unpacked, strict=True)], dim=1).mT
+    return torch.cat(
+        [_look_up(*tier) for tier in zip(parts, levels, _BITS, strict=True) if tier[0].shape[-1] > 0], dim=-1
+    )
+
+
+def _look_up(packed: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """Channels fp32 [rows, n, width] of one tier's packed codes [rows, n, bytes]."""
+    rows, _, n_bytes = packed.shape
+    tables = _byte_tables(levels.float(), bits, n_bytes)
+    offsets = torch.arange(rows * n_bytes, dtype=torch.int32, device=packed.device).view(rows, 1, n_bytes) * 256
+    found: Tensor = F.embedding(packed.int() + offsets, tables)
+    return found.flatten(2)[..., : levels.shape[1]]
+
+
+def _byte_tables(levels: Tensor, bits: int, n_bytes: int) -> Tensor:
+    """What every value of every byte stands for, fp32 [rows * bytes * 256, 8 / bits]."""
+    per_byte = 8 // bits
+    padded = F.pad(levels, (0, 0, 0, n_bytes * per_byte - levels.shape[1])).unflatten(1, (n_bytes, per_byte))
+    shifts = torch.arange(per_byte, device=levels.device) * bits
+    codes = (torch.arange(256, device=levels.device)[:, None] >> shifts) & (2**bits - 1)  # [256, per byte]
+    tables: Tensor = padded.transpose(2, 3).gather(2, codes.expand(*padded.shape[:2], -1, -1))
+    return tables.reshape(-1, per_byte)
 
 
 def _nearest(tier: Tensor, levels: Tensor) -> Tensor:
@@ -133,17 +156,10 @@ def _identity(like: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., w] into ceil(w * bits / 8) bytes: byte j holds channels j, j + n, j + 2 n, ..., lowest bits first."""
+    """Codes [..., w] into ceil(w * bits / 8) bytes of consecutive channels, lowest bits first."""
     per_byte = 8 // bits
     n_bytes = -(-codes.shape[-1] // per_byte)
-    padded = F.pad(codes, (0, n_bytes * per_byte - codes.shape[-1])).to(torch.uint8)
-    planes = padded.unflatten(-1, (per_byte, n_bytes)).unbind(-2)
-    packed = torch.zeros_like(planes[0])
-    for i, plane in enumerate(planes):
-        packed |= plane << (i * bits)
-    return packed
-
-
-def _unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    planes = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
-    return torch.cat(planes, dim=-1)[..., :width]
+    padded = F.pad(codes, (0, n_bytes * per_byte - codes.shape[-1])).unflatten(-1, (n_bytes, per_byte))
+    shifts = torch.arange(per_byte, device=codes.device) * bits
+    joined: Tensor = (padded << shifts).sum(-1)
+    return joined.to(torch.uint8)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvoffload.config import RuntimeConfig
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel
-from kvoffload.runtime.stats import Reads
+from kvoffload.runtime.stats import Audited, Reads, scored_share
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,17 @@ class Record:
 @dataclass(frozen=True)
 class Cost:
     """What the meter says of a cache after its decode steps: shares of the context read and charged, index bytes a
-    token, layer and kv head, and the share of heads whose gate abstains (None without a gate)."""
+    token, layer and kv head, the share of heads whose gate abstains (None without a gate), the share of kv heads and
+    steps that scored their pages, and of the audited ones the mean dropped mass and how many held the target (None
+    without)."""
 
     read_share: float
     charged_share: float
     index_bytes_per_token: float
     gate_abstains: float | None = None
+    scored_share: float | None = None
+    dropped_mass: float | None = None
+    dropped_mass_held: float | None = None
 
     @staticmethod
     def of(cache: OffloadCache) -> "Cost":
@@ -53,11 +58,15 @@ class Cost:
         reads = Reads.of(layers) or Reads(0.0, 0.0, 1.0)
         n_indexed = sum(layer.n_pages * layer.geometry.page_size * layer.geometry.rows for layer in layers)
         chosen = [layer.gate.choice for layer in layers if layer.gate is not None and layer.gate.choice is not None]
+        audited = Audited.of(layers, cache.config.max_dropped_mass)
         return Cost(
             read_share=reads.read / reads.context,
             charged_share=reads.charged / reads.context,
             index_bytes_per_token=sum(layer.selector.index_bytes for layer in layers) / max(n_indexed, 1),
             gate_abstains=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
+            scored_share=scored_share(layers),
+            dropped_mass=audited.mean if audited else None,
+            dropped_mass_held=audited.held if audited else None,
         )
 
 

@@ -14,6 +14,7 @@ from kvoffload.evaluation.tasks.base import Cost
 from kvoffload.evaluation.teacher import prefill
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel
+from kvoffload.models.feed import feed
 from kvoffload.models.sampling import end_tokens
 
 
@@ -73,7 +74,7 @@ def answer(loaded: LoadedModel, prompts: Sequence[Prefilled], config: RuntimeCon
 
 def _step(model: Any, cache: OffloadCache, tokens: Tensor, positions: Tensor) -> list[int]:
     """Feed int64 [B, 1] at positions [B, 1]; the likeliest next tokens."""
-    logits: Tensor = model(tokens, past_key_values=cache, use_cache=True, position_ids=positions).logits
+    logits = feed(model, cache, tokens, first=positions)
     return logits[:, -1].float().argmax(-1).tolist()
 
 

@@ -1,0 +1,66 @@
+"""How a step reads: from its anchors' logits to the exact part and the remainder."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvoffload.attention.decode import attend_selected
+from kvoffload.attention.layer import LayerCache
+from kvoffload.values import Fetched, Pages, Partial
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a step has of its queries [rows * Q, R]: the exact part (anchors and pages), the remainder, and the slices
+    behind the exact part with the selector's scores. ``fetched`` is valid until the layer's next request."""
+
+    exact: Partial
+    remainder: Partial
+    fetched: Fetched
+    scores: Tensor
+
+
+class Reading(ABC):
+    """The reading of one layer. Wrappers hold another one and add to what it gives."""
+
+    single_steps: bool = False
+    """Whether a step depends on the one before it, so that a forward can decode one token only."""
+
+    resident_bytes: int = 0
+    """Device bytes held between steps."""
+
+    @abstractmethod
+    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
+        """For scaled queries fp32 [rows * Q, R, D] with their anchor logits fp32 [rows * Q, R, A]; called only when
+        there are pages."""
+
+    def sealed(self, pages: Pages) -> None:  # noqa: B027 - most do not care
+        """These pages left the window in the append before the next ``attend``; views, valid until then."""
+
+    def restart(self) -> None:  # noqa: B027 - as above
+        """The tokens behind the prefill, or the newest of them, were computed anew: forget what was kept of them."""
+
+
+class SelectedPages(Reading):
+    """The chooser's pages exactly, the completion for the rest."""
+
+    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
+        exact, fetched, scores = attend_selected(layer, query, logits)
+        return Read(exact, layer.completion.estimate(query, fetched, scores), fetched, scores)
+
+
+class WrapperReading(Reading):
+    """Passes everything on to another reading."""
+
+    def __init__(self, inner: Reading) -> None:
+        self.inner = inner
+
+    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
+        return self.inner.attend(layer, query, logits)
+
+    def sealed(self, pages: Pages) -> None:
+        self.inner.sealed(pages)
+
+    def restart(self) -> None:
+        self.inner.restart()

@@ -1,0 +1,118 @@
+"""Accuracy mode: a target for the dropped mass instead of a budget for reads (PrHS' promise, arXiv:2602.08329, made
+checkable at run time; the way it is kept is ours).
+
+The completion's run-time estimate of what was not read, d = Z_rest / (Z_read + Z_rest), decides for every layer and kv
+head (its worst query head) how many pages are read: as long as it is above the target, the head reads its next best
+pages, up to a cap. Keeping the read part alone would change the attention weights by exactly d in total variation.
+"""
+
+from collections.abc import Callable
+
+import torch
+from kvoffload_kernels.dense_attention.reference import soft_cap
+from torch import Tensor
+
+from kvoffload.attention.decode import attend_arrivals
+from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.reading import Read, Reading, WrapperReading
+from kvoffload.attention.stream import stream
+from kvoffload.buffers import page_mask
+from kvoffload.selection.topk import take_best
+from kvoffload.values import Fetched, Selection, by_row, merge
+
+_GROWTH = 1.5  # pages of a head after a round, by those before it
+
+
+class BoundedMass(WrapperReading):
+    """Reads on until the estimated dropped mass of every head is at most ``target``, or the head has its part of
+    ``cap`` slices. A head that has to read on is scored anew, and again in the next step where selections are reused.
+
+    Each round is a request of its own and needs an answer on the host.
+    """
+
+    def __init__(self, inner: Reading, target: float, cap: Callable[[int], int]) -> None:
+        super().__init__(inner)
+        self._target, self._cap = target, cap
+        self.single_steps = inner.single_steps
+
+    @property
+    def resident_bytes(self) -> int:  # type: ignore[override]
+        return self.inner.resident_bytes
+
+    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
+        read = self.inner.attend(layer, query, logits)
+        more = self._more(layer, query, read)
+        if more is None:
+            return read
+        scores = layer.score(query)
+        ranking = layer.chooser.rank(layer, scores, logits.logsumexp(-1)).to(query.device)
+        if query.shape[0] == layer.geometry.rows:
+            layer.chooser.forget(more > 0)
+        scores = scores.to(query.device) if layer.completion.uses_scores else scores
+        read = Read(read.exact, read.remainder, read.fetched.clone(), scores)
+        while more is not None:
+            read = _read_on(layer, query, read, ranking, more)
+            more = self._more(layer, query, read)
+        return read
+
+    def _more(self, layer: LayerCache, query: Tensor, read: Read) -> Tensor | None:
+        """How many slices more each query row reads, int64 [rows * Q]; None where all are done."""
+        share = (read.remainder.lse - torch.logaddexp(read.exact.lse, read.remainder.lse)).exp().amax(1)
+        counts = read.fetched.row_ids.bincount(minlength=query.shape[0])
+        most = min(self._cap(layer.n_tokens) // layer.geometry.n_kv_heads, layer.n_pages)
+        wanted = (counts * _GROWTH).ceil().long().clamp_min(1).clamp(max=most)
+        more = torch.where(share > self._target, (wanted - counts).clamp_min(0), 0)
+        return more if bool(more.any()) else None
+
+
+def _read_on(layer: LayerCache, query: Tensor, read: Read, ranking: Tensor, more: Tensor) -> Read:
+    """With the next ``more`` int64 [rows * Q] best slices of each query row."""
+    had = page_mask(read.fetched.page_ids, read.fetched.row_ids, *ranking.shape)
+    lowest = torch.finfo(ranking.dtype).min  # pages that a filter puts last are read last, not never
+    ranking = ranking.clamp_min(lowest).masked_fill(had, -torch.inf)
+    selection = Selection(*take_best(ranking, more), query.shape[0] // layer.geometry.rows)
+    partials, fetched = attend_arrivals(layer, query, layer.fetch.start(selection))
+    exact = merge([read.exact, *partials])
+    joined = Fetched.join([read.fetched, fetched.clone()])
+    return Read(exact, layer.completion.estimate(query, joined, read.scores), joined, read.scores)
+
+
+class Audit(WrapperReading):
+    """Every ``every`` steps the mass that was really dropped, from one pass over the tier that counts as prefill
+    traffic; the step gives what it gave."""
+
+    def __init__(self, inner: Reading, every: int) -> None:
+        super().__init__(inner)
+        self._every = every
+        self.single_steps = inner.single_steps
+        self.restart()
+
+    @property
+    def resident_bytes(self) -> int:  # type: ignore[override]
+        return self.inner.resident_bytes
+
+    def restart(self) -> None:
+        super().restart()
+        self._n_steps = 0
+
+    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
+        read = self.inner.attend(layer, query, logits)
+        n_steps = query.shape[0] // layer.geometry.rows - layer.n_revised
+        audited = [i for i in range(n_steps) if (self._n_steps + i + 1) % self._every == 0]
+        self._n_steps += n_steps
+        if audited:
+            dropped = dropped_mass(layer, query, read.exact.lse, logits).unflatten(0, (layer.geometry.rows, -1))
+            layer.meter.dropped += [dropped[:, layer.n_revised + i].cpu() for i in audited]
+        return read
+
+
+def dropped_mass(layer: LayerCache, query: Tensor, read_lse: Tensor, logits: Tensor) -> Tensor:
+    """The share of the total mass that is not behind ``read_lse`` [rows * Q, R], for scaled queries with their anchor
+    logits; fp32 [rows * Q, R]."""
+    total = logits.logsumexp(-1)
+    for pages in stream(layer):
+        keys = pages.keys.float().flatten(1, 2).transpose(-1, -2)
+        found = soft_cap(by_row(query, layer.geometry.rows) @ keys, layer.geometry.softcap)
+        found = (found + pages.log_valid().flatten(1)[:, None]).logsumexp(-1)
+        total = torch.logaddexp(total, found.view(total.shape))
+    return 1 - (read_lse - total).exp().clamp(max=1.0)

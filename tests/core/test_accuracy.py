@@ -1,0 +1,136 @@
+"""Accuracy mode and its audit, on one layer."""
+
+import pytest
+import torch
+from heads import geometry
+from layers import new_layer, step, take_in, tokens
+from pydantic import ValidationError
+from streams import filled, steps, stream
+
+from kvoffload.config import RuntimeConfig
+from kvoffload.runtime.stats import Audited
+
+N_PROMPT, N_NEW = 300, 16
+BASE = {"selector": "quantized:bits=4", "completion": "index_mass", "audit": 1}
+
+
+def run(rho=0.9, shape=None, **fields):
+    shape = shape or geometry()
+    given = stream(shape, N_PROMPT + N_NEW, rho=rho)
+    layer = filled(shape, given, N_PROMPT, **(BASE | fields))
+    return steps(layer, given, N_PROMPT, N_NEW), layer
+
+
+def dropped(layer):
+    return torch.stack(layer.meter.dropped)  # [steps, rows, R]
+
+
+def test_an_audit_is_the_mass_that_was_not_read():
+    """Against dense attention in plain torch: delta = 1 - e^(lse of what was read - lse of everything)."""
+    given = stream(geometry(), N_PROMPT + N_NEW, rho=0.9)
+    layer = filled(geometry(), given, N_PROMPT, **(BASE | {"completion": "none"}))
+    found = steps(layer, given, N_PROMPT, N_NEW)[..., -1]
+    query, keys, _ = given
+    for i in range(N_NEW):
+        n = N_PROMPT + i + 1
+        total = torch.einsum("grd,gnd->grn", query[:, :, n - 1], keys[:, :n]).logsumexp(-1)
+        assert torch.allclose(dropped(layer)[i], 1 - (found[i] - total).exp(), atol=1e-5)
+
+
+def test_an_audit_changes_no_step_and_no_decode_read():
+    (given, layer), (expected, plain) = run(), run(audit="off")
+    assert torch.equal(given, expected)
+    assert layer.fetch.decode.total() == plain.fetch.decode.total()
+    assert layer.fetch.prefill.total().cpu > plain.fetch.prefill.total().cpu
+
+
+@pytest.mark.parametrize("policy", ["none", "prhs", "tokenselect", "retro:window=3"])
+@pytest.mark.parametrize("target", [0.02, 0.1, 0.3])
+def test_the_dropped_mass_stays_below_the_target(target, policy):
+    _, layer = run(max_dropped_mass=target, dropped_mass_cap="100%", policy=policy, budget="3%")
+    held = Audited.of([layer], target)
+    assert held.held >= 0.95
+    assert held.mean <= target
+    assert layer.fetch.decode.total().cpu > 0
+
+
+def test_a_smaller_target_reads_more_and_a_loose_one_nothing_more():
+    reads = [
+        run(max_dropped_mass=t, dropped_mass_cap="100%", budget="3%")[1].fetch.decode.total().cpu
+        for t in (0.02, 0.1, 0.999)
+    ]
+    plain = run(budget="3%")[1].fetch.decode.total().cpu
+    assert reads[0] > reads[1] > reads[2] == plain
+
+
+def test_without_need_nothing_changes():
+    (given, layer), (expected, plain) = run(max_dropped_mass=0.999), run()
+    assert torch.equal(given, expected)
+    assert layer.meter.scored_rows == plain.meter.scored_rows
+
+
+def test_reads_end_at_the_cap():
+    _, layer = run(max_dropped_mass=0.001, dropped_mass_cap="30%", budget="3%")
+    assert layer.fetch.n_asked <= sum(int(0.3 * (N_PROMPT + i + 1)) // 4 * 2 + 2 for i in range(N_NEW))
+    assert float(dropped(layer).mean()) > 0.001
+
+
+def test_a_full_read_at_the_cap_is_dense():
+    given, _ = run(max_dropped_mass=1e-6, dropped_mass_cap="100%", budget="3%")
+    expected, _ = run(budget="100%")
+    assert torch.allclose(given, expected, atol=1e-4)
+
+
+def test_a_row_that_had_to_read_on_is_scored_anew_in_the_next_step():
+    options = {
+        "rho": 1.0,
+        "selector": "exact",
+        "completion": "pages",
+        "policy": "prhs:tau=-1,block=16",
+        "dropped_mass_cap": "100%",
+        "budget": "3%",
+    }
+    _, loose = run(max_dropped_mass=0.999, **options)
+    _, strict = run(max_dropped_mass=0.02, **options)
+    assert loose.meter.scored_rows == 2
+    assert strict.meter.scored_rows > 2
+
+
+def test_several_queries_read_on_as_single_steps_do():
+    shape = geometry()
+    query, keys, values = tokens(shape, N_PROMPT + 3)
+    found = []
+    for longest in (1, 3):
+        layer = filled(shape, (query, keys, values), N_PROMPT, **BASE, max_dropped_mass=0.05, dropped_mass_cap="100%")
+        n = min(longest, layer.run_length(longest))
+        parts = [step(layer, query, keys, values, slice(N_PROMPT + i, N_PROMPT + i + n)) for i in range(0, 3, n)]
+        found.append(torch.cat(parts, 2))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"max_dropped_mass": 0.02, "completion": "none"}, "needs one completion"),
+        ({"max_dropped_mass": 0.02, "gate": True}, "needs one completion"),
+        ({"max_dropped_mass": 1.5}, "less than 1"),
+        ({"audit": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(fields, told):
+    with pytest.raises(ValidationError, match=told):
+        RuntimeConfig(**fields)
+
+
+def test_padding_counts_in_no_audit():
+    shape = geometry(n_sequences=2)
+    layer = new_layer(shape, **BASE)
+    query, keys, values = tokens(shape, N_PROMPT + 1)
+    take_in(layer, query[:, :, :-1], keys[:, :-1], values[:, :-1], torch.tensor([0, 0, 30, 30]))
+    found = step(layer, query, keys, values, slice(N_PROMPT, None))[:, :, 0, -1]
+    assert found.isfinite().all()
+    assert (dropped(layer)[0] >= 0).all()
+    real = torch.arange(N_PROMPT + 1) >= 30
+    logits = torch.einsum("grd,gnd->grn", query[2:, :, -1], keys[2:]).masked_fill(~real, -torch.inf)
+    assert (layer.meter.dropped[0][2:] < 1).all()
+    assert logits.logsumexp(-1).isfinite().all()

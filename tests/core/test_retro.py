@@ -1,0 +1,200 @@
+"""RetroAttention on one layer: revised rows, their cached parts, and what they cost."""
+
+import pytest
+import torch
+from heads import CPU, geometry
+from kvoffload_storage import TracingStore
+from layers import new_layer, step
+from streams import ar1, filled, steps, stream, watch_selections
+from torch.testing import assert_close
+
+from kvoffload.attention.decode import decode
+from kvoffload.selection.bounds import BoundsSelectorConfig
+from kvoffload.selection.topk import take_best
+from kvoffload.values import Pages, query_rows
+
+N_PROMPT, N_NEW, WINDOW = 120, 30, 5
+
+
+def revised(layer, given, first, n, window=WINDOW):
+    """Forwards of the tokens from ``first`` on, each with the ``window`` - 1 before it anew: outputs and log-sum-exps
+    of all their rows, [rows, R, Q, Dv + 1] each, oldest query first."""
+    query, keys, values = given
+    found = []
+    for i in range(first, first + n):
+        layer.n_revised = min(window - 1, i - first)
+        if layer.n_revised:
+            layer.anchors.crop(layer.n_revised)
+        run = slice(i - layer.n_revised, i + 1)
+        part = decode(layer, query_rows(query[:, :, run]), keys[:, run], values[:, run])
+        both = torch.cat([part.output, part.lse[..., None]], -1)
+        found.append(both.unflatten(0, (layer.geometry.rows, -1)).transpose(1, 2))
+    layer.n_revised = 0
+    return found
+
+
+def built(policy=f"retro:window={WINDOW}", rho=0.97, **fields):
+    shape = geometry()
+    given = stream(shape, N_PROMPT + N_NEW, rho=rho)
+    fields = {"selector": "exact", "completion": "none", "recent": 8} | fields
+    return filled(shape, given, N_PROMPT, **fields, **({"policy": policy} if policy else {})), given
+
+
+def test_a_window_of_one_is_the_base_policy_to_the_bit():
+    (off, given), (plain, _) = built("retro:window=1"), built(None)
+    assert off.reading is not None
+    assert type(off.reading) is type(plain.reading)
+    assert torch.equal(steps(off, given, N_PROMPT, N_NEW), steps(plain, given, N_PROMPT, N_NEW))
+
+
+@pytest.mark.parametrize("completion", ["none", "anchored", "index_mass"])
+def test_the_newest_row_is_the_base_policys_to_the_bit_when_nothing_was_changed(completion):
+    """One layer, whose keys do not depend on revised outputs."""
+    selector = "quantized:bits=4" if completion == "index_mass" else "exact"
+    (layer, given), (plain, _) = (
+        built(p, completion=completion, selector=selector) for p in (f"retro:window={WINDOW}", None)
+    )
+    expected = steps(plain, given, N_PROMPT, N_NEW)
+    for found, one in zip(revised(layer, given, N_PROMPT, N_NEW), expected, strict=True):
+        assert_close(found[:, :, -1], one, atol=1e-6, rtol=1e-6)
+    assert layer.meter.steps == plain.meter.steps
+    assert layer.meter.context_tokens == plain.meter.context_tokens
+
+
+@pytest.mark.parametrize("completion", ["none", "pages"])
+def test_a_revised_row_attends_to_the_union_of_all_pages_loaded_in_its_life(completion):
+    layer, given = built(completion=completion)
+    seen = watch_selections(layer)
+    found = revised(layer, given, N_PROMPT, N_NEW)
+    query, keys, values = given
+    oracle, _ = built(None, completion=completion)
+    for age in range(1, WINDOW):
+        n = N_NEW - 1
+        t = N_PROMPT + n - age
+        loaded = {
+            pair for s in seen[n - age : n + 1] for pair in zip(s.row_ids.tolist(), s.page_ids.tolist(), strict=True)
+        }
+        window_then = (t + 1 - 4 - 8) // 4 * 4 + 4  # first slot of the window when the row was new
+        expected = attention(query[:, :, t], keys, values, loaded, window_then, t + 1)
+        if completion == "none":
+            assert_close(found[-1][:, :, -1 - age], expected, atol=1e-5, rtol=1e-5)
+        else:
+            assert (found[-1][:, :, -1 - age, -1] > expected[..., -1]).all()  # the remainder adds mass
+    assert oracle.n_pages > 0
+
+
+def attention(query, keys, values, loaded, window, stop):
+    """Over sinks, the loaded pages and the slots window .. stop - 1, with its log-sum-exp."""
+    keep = torch.zeros(keys.shape[:2], dtype=torch.bool)
+    keep[:, :4], keep[:, window:stop] = True, True
+    for row, page in loaded:
+        keep[row, 4 + page * 4 : 8 + page * 4] = True
+    logits = torch.einsum("grd,gnd->grn", query, keys).masked_fill(~keep[:, None], -torch.inf)
+    return torch.cat([logits.softmax(-1) @ values, logits.logsumexp(-1)[..., None]], -1)
+
+
+def test_with_the_exact_completion_every_row_is_dense():
+    """A page's estimated mass goes when its exact terms come: nothing is lost and nothing counted twice."""
+    layer, given = built(completion="exact")
+    query, keys, values = given
+    for i, found in enumerate(revised(layer, given, N_PROMPT, N_NEW)):
+        for age in range(found.shape[2]):
+            t = N_PROMPT + i - age
+            logits = torch.einsum("grd,gnd->grn", query[:, :, t], keys[:, : t + 1])
+            expected = torch.cat([logits.softmax(-1) @ values[:, : t + 1], logits.logsumexp(-1)[..., None]], -1)
+            assert_close(found[:, :, -1 - age], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("completion", ["none", "anchored"])
+def test_no_page_is_read_that_the_base_policy_does_not_read(completion):
+    (layer, given), (plain, _) = (
+        built(p, completion=completion, wrap=TracingStore) for p in (f"retro:window={WINDOW}", None)
+    )
+    revised(layer, given, N_PROMPT, N_NEW)
+    steps(plain, given, N_PROMPT, N_NEW)
+    assert layer.fetch.decode.total() == plain.fetch.decode.total() != type(plain.fetch.decode.total())()
+    assert layer.fetch.n_asked == plain.fetch.n_asked
+    assert layer.fetch.refresh.total() == plain.fetch.refresh.total()
+    assert layer.meter.written == plain.meter.written
+
+
+def test_values_behind_a_row_never_reach_it():
+    outputs = []
+    for poison in (0.0, 1e6):
+        layer, (query, keys, values) = built()
+        values = values.clone()
+        values[:, N_PROMPT + 8 :] += poison
+        found = revised(layer, (query, keys, values), N_PROMPT, 9)[-1]
+        outputs.append(found)
+    assert torch.equal(outputs[0][:, :, :-1], outputs[1][:, :, :-1])
+    assert not torch.allclose(outputs[0][:, :, -1], outputs[1][:, :, -1])
+
+
+def test_keys_of_revisable_tokens_are_those_given_last():
+    """Rewritten tokens stand in the window as in one built from the new content, and seal so."""
+    layer, (query, keys, values) = built()
+    first = keys + 100.0
+    n = 20
+    for i in range(n):
+        layer.n_revised = min(WINDOW - 1, i)
+        if layer.n_revised:
+            layer.anchors.crop(layer.n_revised)
+        older, run = slice(N_PROMPT + i - layer.n_revised, N_PROMPT + i), slice(N_PROMPT + i, N_PROMPT + i + 1)
+        given = torch.cat([keys[:, older], first[:, run]], 1)  # a token's key is right from its first revision on
+        both = slice(older.start, run.stop)
+        decode(layer, query_rows(query[:, :, both]), given, values[:, both])
+    rebuilt = filled(layer.geometry, (query, keys, values), N_PROMPT + n - 1, selector="bounds", completion="none")
+    probe = query[:, :, 0]
+    fresh = new_layer(layer.geometry, selector="bounds", completion="none").selector
+    pages = next(layer.fetch.stream(1000))
+    fresh.absorb(pages)
+    assert_close(fresh.score(probe)[..., : rebuilt.n_pages], rebuilt.selector.score(probe)[..., : layer.n_pages])
+    window = layer.anchors.in_order(layer.anchors.keys)[1]
+    assert_close(window[:, :-1], keys[:, N_PROMPT + n - window.shape[1] : N_PROMPT + n - 1])
+
+
+@pytest.mark.parametrize(("n_steps", "expected"), [(2, 1.16), (7, 1.62)])
+def test_exposure_grows_as_computed(n_steps, expected):
+    """AR(1) queries with rho 0.97, 128 pages of 16 random keys, the top 16 by their bounds: pages that a query is
+    exposed to in ``n_steps`` steps, its own included, by those of its own step. (The paper: 1.17 and 1.60.)"""
+    shape, n = geometry(n_kv_heads=8, group_size=1, key_dim=64, page_size=16), 300
+    generator = torch.Generator().manual_seed(0)
+    pages = Pages(*(torch.randn(8, 128, 16, d, generator=generator) for d in (64, 16)), None)
+    selector = BoundsSelectorConfig().build(shape, CPU)
+    selector.absorb(pages)
+    chosen = torch.zeros(n, 8, 128, dtype=torch.bool)
+    for query, mask in zip(ar1(n, 8, 1, 64, rho=0.97, seed=1), chosen, strict=True):
+        mask[take_best(selector.score(query)[:, 0], torch.full((8,), 16))] = True
+    exposed = torch.stack([chosen[t : t + n_steps].any(0) for t in range(n - n_steps + 1)])
+    assert float(exposed.sum(-1).float().mean()) / 16 == pytest.approx(expected, abs=0.03)
+
+
+def test_exposure_of_the_runtimes_rows_is_that_of_their_selections():
+    layer, given = built(rho=0.97)
+    seen = watch_selections(layer)
+    revised(layer, given, N_PROMPT, N_NEW)
+    oldest = layer.reading._rows[0]
+    loaded = {
+        pair
+        for s in seen[-len(layer.reading._rows) :]
+        for pair in zip(s.row_ids.tolist(), s.page_ids.tolist(), strict=True)
+    }
+    sealed = layer.n_pages - (N_PROMPT + N_NEW - len(layer.reading._rows) + 1 - 12) // 4
+    rows = {(row, layer.n_pages - 1 - i) for row in range(2) for i in range(max(sealed, 0))}
+    assert {tuple(pair) for pair in oldest.seen.nonzero().tolist()} == loaded | rows
+    assert int(oldest.seen.sum()) > len(seen[-1])
+
+
+def test_held_slices_are_resident_only_beside_a_completion():
+    sizes = []
+    for completion in ("none", "anchored"):
+        layer, given = built(completion=completion)
+        revised(layer, given, N_PROMPT, 10)
+        sizes.append(layer.reading.resident_bytes)
+    assert 0 < sizes[0] < sizes[1]
+
+
+def test_single_steps_are_asked_for():
+    layer, given = built()
+    assert layer.run_length(16) == 1
+    assert step(layer, *given, slice(N_PROMPT, N_PROMPT + 1)).shape == (2, 3, 1, 17)
