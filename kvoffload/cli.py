@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvoffload import flags
+from kvoffload import flags, session_cli
 from kvoffload.calibration import flags as calibration_flags
 from kvoffload.errors import KvoffloadError
 from kvoffload.evaluation import flags as sweep_flags
@@ -28,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(session_cli.app, name="session")
 
 
 @app.callback(invoke_without_command=True)
@@ -47,7 +50,10 @@ def generate(
     ctx: typer.Context,
     model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
     dtype: flags.Dtype = None, device: flags.Device = None, offload: flags.Offload = None,
-    nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None, cpu_max: flags.CpuMax = None,
+    nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None, nvme_floor: flags.NvmeFloor = None,
+    cpu_max: flags.CpuMax = None, session: flags.SessionFile = None, session_readonly: flags.SessionReadonly = None,
+    verify: flags.Verify = None, prefetch: flags.Prefetch = None, fetch: flags.Fetch = None,
+    fetch_ms: flags.FetchMs = None,
     budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,
     policy: flags.Policy = None, max_dropped_mass: flags.MaxDroppedMass = None,
     dropped_mass_cap: flags.DroppedMassCap = None, audit: flags.Audit = None,

@@ -131,6 +131,7 @@ class RuntimeConfig(BaseModel):
     offload: Literal["none", "cpu", "nvme"] = "cpu"
     nvme_dir: Path | None = None
     nvme_max: Size | None = None
+    nvme_floor: Size = 256 << 20
     cpu_max: Size | None = None
     budget: BudgetField | None = None
     selector: SelectorField = Field(default="transform", validate_default=True)
@@ -152,8 +153,12 @@ class RuntimeConfig(BaseModel):
     prefill_chunk: OptionalCount = None
     index: Literal["device", "cpu"] = "device"
     gpu_cache: OptionalSize = None
+    prefetch: float = Field(default=0.0, ge=0.0, le=4.0)
+    fetch: Literal["wait", "deadline"] = "wait"
+    fetch_ms: float = Field(default=1.0, ge=0.0, le=1000.0)
     io_engine: Literal["threads", "aiofiles", "uring"] = "threads"
     direct: Literal["auto", "on", "off"] = "auto"
+    verify: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     self_test: bool = True
@@ -171,6 +176,13 @@ class RuntimeConfig(BaseModel):
         if len(self.completion) > 1 and not self.gate:
             names = "+".join(config.kind for config in self.completion)
             raise ValueError(f"completion: {names!r} is more than one; give one, or let --gate choose")
+        if self.fetch == "deadline" and (self.offload != "nvme" or self.cpu_max is None or self.gpu_cache is not None):
+            raise ValueError(
+                "fetch: 'deadline' needs a tier that late pages come to: give --offload nvme and --cpu-max, and no "
+                "--gpu-cache"
+            )
+        if self.prefetch and (self.offload != "nvme" or self.cpu_max is None):
+            raise ValueError(f"prefetch: {self.prefetch} has nowhere to put pages: give --offload nvme and --cpu-max")
         if self.max_dropped_mass is not None and (self.gate or self.completion[0].kind == "none"):
             raise ValueError(
                 f"max_dropped_mass: {self.max_dropped_mass} needs one completion that estimates the mass of what is "

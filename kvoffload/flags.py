@@ -35,7 +35,11 @@ NvmeDir = Annotated[
     flag("--nvme-dir", help="Folder for page files.", default="a temporary folder, removed at exit"),
 ]
 NvmeMax = Annotated[str | None, flag("--nvme-max", help="Cap on page files, such as 200G.")]
-CpuMax = Annotated[str | None, flag("--cpu-max", help="Cap on KV in host memory, such as 16G.")]
+CpuMax = Annotated[
+    str | None,
+    flag("--cpu-max", help="Cap on KV in host memory, such as 16G; with --offload nvme, the size of a tier before it."),
+]
+NvmeFloor = Annotated[str | None, flag("--nvme-floor", help="Bytes that stay free on the disk; 256MiB unless given.")]
 Budget = Annotated[
     str | None,
     flag("--budget", help="Read per step: 5% of the context, 2048 token-equivalents, or 16MiB.",
@@ -105,6 +109,28 @@ GpuCache = Annotated[str | None, flag("--gpu-cache", help="Size of the device's 
 PrefillChunk = Annotated[str | None, flag("--prefill-chunk", help="Tokens a prefill chunk, or auto.", default="auto")]
 IoEngine = Annotated[str | None, flag("--io-engine", help="threads, aiofiles or uring.", default="threads")]
 Direct = Annotated[str | None, flag("--direct", help="Direct I/O: auto, on or off.", default="auto")]
+
+Prefetch = Annotated[
+    float | None,
+    flag("--prefetch", help="Bring next step's likely pages to the tier of --cpu-max early: so much more than the "
+         "budget.", default="0"),
+]  # fmt: skip
+Fetch = Annotated[
+    str | None,
+    flag("--fetch", help="wait for late pages, or deadline: leave them to the completion.", default="wait"),
+]
+FetchMs = Annotated[float | None, flag("--fetch-ms", help="How long deadline waits, in each layer.", default="1")]
+Verify = Annotated[
+    bool | None,
+    flag("--verify/--no-verify", help="Compare every slice read from files with its checksum.", default="off"),
+]
+SessionFile = Annotated[
+    Path | None,
+    flag("--session", help="Folder FILE.kvo to go on with, and to save to at the end; made if it is not there."),
+]  # fmt: skip
+SessionReadonly = Annotated[
+    bool | None, flag("--session-readonly/--no-session-readonly", help="Save nothing to the session.", default="off")
+]
 
 Prompt = Annotated[str | None, flag("--prompt", "-p", help="The prompt; follows the file's text.")]
 PromptFile = Annotated[Path | None, flag("--prompt-file", help="Text to begin with; - is stdin.")]

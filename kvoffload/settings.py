@@ -27,6 +27,8 @@ class Settings(BaseSettings, RuntimeConfig, SamplingConfig):
     prompt_file: Path | None = None
     system: str | None = None
     chat_template: bool = True
+    session: Path | None = None
+    session_readonly: bool = False
     output: Literal["text", "json"] = "text"
     quiet: bool = False
 

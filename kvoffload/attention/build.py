@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvoffload.attention.gate import GateRecheck
 from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.reading import SelectedPages
 from kvoffload.attention.refresh import Reanchoring, Rebuild
 from kvoffload.attention.upkeep import Upkeep
@@ -66,6 +67,7 @@ def build_layer(
     keys: Tensor,
     values: Tensor,
     policies: Iterable[Policy] | None = None,
+    prefetch: Prefetch | None = None,
 ) -> LayerCache:
     """An empty cache for layer ``layer`` of the store; ``keys`` and ``values`` [rows, n, D] tell dtype and device of
     what is to come, ``model_layer`` is the layer's number in the model. ``policies`` are those of the whole cache, made
@@ -96,6 +98,8 @@ def build_layer(
         index_on_host=config.index == "cpu" or config.selector.reads_slow_tier,
     )
     cache.gate, cache.reading = gate, SelectedPages()
+    cache.prefetch = prefetch or cache.prefetch
+    cache.fetch.patience_s = config.fetch_ms / 1000 if config.fetch == "deadline" else None
     rebuild = Rebuild(
         selector=(lambda: config.selector.build(geometry, index_device)) if selector.uses_anchor else None,
         completion=build_completion if completion.uses_anchor else None,

@@ -18,6 +18,7 @@ def decode(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Pa
     logits = anchor_logits(layer, query, layer.anchors.seen(query.shape[0] // layer.geometry.rows))
     if layer.n_pages == 0:
         return Partial.weigh(logits, layer.anchors.values)
+    layer.ask_ahead()
     read = layer.reading.attend(layer, query, logits)
     result = merge([read.exact, read.remainder])
     layer.count_steps(query, (read.remainder.lse - result.lse).exp())
@@ -37,8 +38,9 @@ def attend_selected(layer: LayerCache, query: Tensor, logits: Tensor) -> tuple[P
 def attend_arrivals(layer: LayerCache, query: Tensor, arrivals: list[Arrival]) -> tuple[list[Partial], Fetched]:
     """Attention of scaled queries to the slices of a request, one partial for each part of it, and the slices."""
     partials, fetched = [], []
-    for part, arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
-        keys, values = unpack_slices(arrive(), layer.geometry)
+    for arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
+        part, data = arrive()
+        keys, values = unpack_slices(data, layer.geometry)
         valid = layer.anchors.page_valid(part.page_ids, part.store_rows)
         partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
         fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))

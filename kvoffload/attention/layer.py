@@ -9,6 +9,7 @@ from kvoffload_storage.store import Moved, Store
 from torch import Tensor
 
 from kvoffload.attention.choosing import Chooser, PageFilter, TopK
+from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.upkeep import Upkeep
 from kvoffload.cache.anchors import Anchors
 from kvoffload.cache.fetch import Fetch, pack_pages
@@ -16,7 +17,7 @@ from kvoffload.completion.base import Completion
 from kvoffload.completion.gated import GatedCompletion
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector
-from kvoffload.selection.topk import Pool
+from kvoffload.selection.topk import Pool, select_top
 from kvoffload.values import Pages, Selection, by_row
 
 if TYPE_CHECKING:
@@ -61,6 +62,14 @@ class Meter:
         self.completion_mass = mean if self.completion_mass is None else self.completion_mass + mean
 
 
+@dataclass(frozen=True)
+class Anchored:
+    """What summaries were built around: an anchor query, scaled, fp32 [rows, D], when there were ``n_pages``."""
+
+    query: Tensor
+    n_pages: int
+
+
 class LayerCache:
     """Every token is in exactly one of the anchors and the sealed pages; a page that seals enters the store, the
     selector and the completion in one call, so no token is ever in none or in two of them.
@@ -95,8 +104,12 @@ class LayerCache:
         self.meter = Meter()
         self.ready = True
         self.tail_queries: Tensor | None = None  # in host memory
+        self.n_prefilled = 0  # pages when the last prefill was summarised
+        self.n_estimated: int | None = None  # pages at the first estimate after that
+        self.anchored: Anchored | None = None  # where summaries were rebuilt since
         self.gate: GatedCompletion | None = None
         self.upkeep: tuple[Upkeep, ...] = ()
+        self.prefetch = Prefetch(0.0)
         self.chooser: Chooser = TopK()
         self.page_filter: PageFilter | None = None
         self.n_revised = 0
@@ -155,12 +168,29 @@ class LayerCache:
         reads = [min(self.budget(self.n_tokens + 1 + i), n_slices) for i in range(longest)]
         return next((i for i in range(1, longest) if reads[i] != reads[0]), longest)
 
+    def ask_ahead(self) -> None:
+        """At the first layer of a step, ask for what all layers will probably select."""
+        if self.layer == 0:
+            self.prefetch.begin()
+
     def select(self, query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
         """The chooser's slices for scaled queries fp32 [rows * Q, R, D] whose anchors have mass anchor_lse [rows * Q,
         R], with the scores of all pages fp32 [rows * Q, R, P]; ids are on the selector's device, and so are the scores
         unless the completion uses them."""
         selection, scores = self.chooser.choose(self, query, anchor_lse)
+        self.prefetch.expect(self.fetch, lambda: self._likely(query, anchor_lse, scores))
         return selection, scores.to(query.device) if self.completion.uses_scores else scores
+
+    def _likely(self, query: Tensor, anchor_lse: Tensor, scores: Tensor) -> Selection:
+        """The pages with the largest shares of this step, more of them than it may read."""
+        return select_top(
+            scores,
+            anchor_lse.to(scores.device),
+            n_sequences=self.geometry.n_sequences,
+            n_slices=int(self.budget(self.n_tokens) * (1 + self.prefetch.share)),
+            pool=self.pool,
+            n_queries=query.shape[0] // self.geometry.rows,
+        )
 
     def score(self, query: Tensor, n_rows: int | None = None) -> Tensor:
         """Log masses of all pages for scaled queries [rows * Q, R, D], fp32 [rows * Q, R, P] on the selector's device;
@@ -185,6 +215,7 @@ class LayerCache:
     def count_steps(self, query: Tensor, mass: Tensor) -> None:
         """Account for decode steps of scaled queries [rows * Q, R, D] in which the remainder had this share of the
         total mass, [rows * Q, R]; then comes the upkeep that is due."""
+        self.n_estimated = self.n_pages if self.n_estimated is None else self.n_estimated
         index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes
         if self.completion.uses_scores and not self._index_is_read:
             state_bytes += index_bytes

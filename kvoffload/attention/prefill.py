@@ -6,7 +6,7 @@ from kvoffload_kernels.dispatch import attend
 from torch import Tensor
 
 from kvoffload.attention.gate import choose_at_prefill
-from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.layer import Anchored, LayerCache
 from kvoffload.attention.sample import take_sample
 from kvoffload.attention.stream import stream
 from kvoffload.cache.fetch import Traffic, pack_pages
@@ -36,24 +36,59 @@ def prepare(layer: LayerCache) -> None:
     once."""
     if layer.ready:
         return
+    weights = _summarise(layer, layer.n_pages)
+    if layer.gate is not None and layer.tail_queries is not None:
+        choose_at_prefill(layer, layer.gate, layer.tail_queries, weights)
+        layer.n_estimated = layer.n_pages
+
+
+def prepare_again(
+    layer: LayerCache, n_prefilled: int, n_estimated: int | None, anchored: Anchored | None, choice: Tensor | None
+) -> None:
+    """Summaries as they were in a layer that was prepared with ``n_prefilled`` pages, then sealed the others, made its
+    first estimate at ``n_estimated`` (None: none yet), was anchored anew by ``anchored``, and whose gate had made that
+    ``choice`` (None: it chooses now)."""
+    weights = _summarise(layer, n_prefilled, anchored, n_estimated)
+    layer.n_estimated = n_estimated
+    if layer.gate is not None and choice is not None:
+        layer.gate.choice = choice
+    elif layer.gate is not None and layer.tail_queries is not None:
+        choose_at_prefill(layer, layer.gate, layer.tail_queries, weights)
+
+
+def _summarise(
+    layer: LayerCache, n_prefilled: int, anchored: Anchored | None = None, n_estimated: int | None = None
+) -> Tensor:
+    """Reset selector and completion and show them every page: the first ``n_prefilled`` in blocks, the others one by
+    one, as they seal in decode steps. Gives the weights of the tail queries."""
     assert layer.tail_queries is not None, "a prefill leaves its last queries behind"
     weights = layer.tail_weights()
     mean = torch.einsum("grqd,gq->gd", layer.tail_queries.float().mean(1, keepdim=True), weights)
     mean = mean / weights.sum(1, keepdim=True).clamp_min(1)
-    anchor = mean.to(layer.anchors.keys.device) * layer.geometry.scale
-    layer.selector.reset(anchor)
-    if layer.selector.uses_sample and layer.n_pages:
-        layer.selector.fit(take_sample(layer, layer.tail_queries, weights))
-    layer.completion.reset(anchor, n_pages=layer.n_pages)
+    first = Anchored(mean.to(layer.anchors.keys.device) * layer.geometry.scale, n_prefilled)
+    layer.selector.reset((anchored or first).query if layer.selector.uses_anchor else first.query)
+    if layer.selector.uses_sample and n_prefilled:
+        layer.selector.fit(take_sample(layer, layer.tail_queries, weights, n_pages=n_prefilled))
+    basis = anchored if anchored is not None and layer.completion.uses_anchor else first
+    layer.completion.reset(basis.query, n_pages=basis.n_pages)
+    done = 0
     for pages in stream(layer):
-        layer.absorb(pages)
-    layer.ready = True
+        n_block = min(max(n_prefilled - done, 0), pages.n_pages)
+        if n_block:
+            layer.absorb(pages.run(0, n_block))
+        if n_estimated == done + n_block == n_prefilled:
+            layer.completion.refresh()
+        for i in range(n_block, pages.n_pages):
+            layer.absorb(pages.run(i, i + 1))
+            if n_estimated is not None and done + i + 1 >= n_estimated:
+                layer.completion.refresh()
+        done += pages.n_pages
+    layer.ready, layer.n_prefilled, layer.anchored, layer.n_estimated = True, n_prefilled, anchored, None
     layer.chooser.restart()
     layer.reading.restart()
     for upkeep in layer.upkeep:
         upkeep.restart()
-    if layer.gate is not None:
-        choose_at_prefill(layer, layer.gate, layer.tail_queries, weights)
+    return weights
 
 
 def _attend(

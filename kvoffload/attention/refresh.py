@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.layer import Anchored, LayerCache
 from kvoffload.attention.upkeep import Rhythm, Upkeep
 from kvoffload.buffers import tensor_bytes
 from kvoffload.completion.base import Completion
@@ -43,6 +43,7 @@ class _Pass:
             self._selector.reset(anchor)
         if self._completion is not None:
             self._completion.reset(anchor, n_pages=layer.n_pages)
+        self._anchored = Anchored(anchor, layer.n_pages)
         self._block = -(-layer.n_pages // n_steps)
         self._first = 0
         self._ask(layer)
@@ -77,6 +78,7 @@ class _Pass:
         self._coming = layer.fetch.ask_pages(self._first, self._n_coming, layer.fetch.refresh)
 
     def _hand_over(self, layer: LayerCache) -> None:
+        layer.anchored = self._anchored
         if self._selector is not None:
             layer.selector = self._selector
         if self._completion is not None:

@@ -10,19 +10,19 @@ _SAMPLE_TOKENS = 8192
 _RUN_TOKENS = 256
 
 
-def take_sample(layer: LayerCache, queries: Tensor, weights: Tensor) -> KeySample:
-    """Runs of sealed pages spread evenly over the context, ``_SAMPLE_TOKENS`` at most (read as prefill traffic), and
+def take_sample(layer: LayerCache, queries: Tensor, weights: Tensor, *, n_pages: int) -> KeySample:
+    """Runs spread evenly over the first ``n_pages`` pages, ``_SAMPLE_TOKENS`` at most (read as prefill traffic), and
     the moment of its last queries [rows, R, T, D] with weights [rows, T]."""
     device = layer.anchors.keys.device
     run = max(_RUN_TOKENS // layer.geometry.page_size, 1)
-    n_runs = max(min(layer.n_pages // run, _SAMPLE_TOKENS // _RUN_TOKENS), 1)
+    n_runs = max(min(n_pages // run, _SAMPLE_TOKENS // _RUN_TOKENS), 1)
     keys, valid = [], []
     for i in range(n_runs):
-        first = i * layer.n_pages // n_runs
-        n_pages = min(run, layer.n_pages - first)
-        pages = layer.fetch.ask_pages(first, n_pages, layer.fetch.prefill)()
+        first = i * n_pages // n_runs
+        n_taken = min(run, n_pages - first)
+        pages = layer.fetch.ask_pages(first, n_taken, layer.fetch.prefill)()
         keys.append(pages.keys.flatten(1, 2).clone())  # a run is valid until the next one is asked for
-        mask = layer.anchors.run_valid(first, n_pages)
+        mask = layer.anchors.run_valid(first, n_taken)
         valid.append(torch.ones_like(keys[-1][..., 0], dtype=torch.bool) if mask is None else mask.flatten(1))
     counted = queries.to(device).float() * layer.geometry.scale * weights.to(device)[:, None, :, None]
     moment = torch.einsum("grqd,grqe->gde", counted, counted) / queries.shape[1]

@@ -1,5 +1,6 @@
 """Fetching selected slices from a store to the device, and streaming whole pages through it."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from kvoffload_kernels.dispatch import gather_slices
 from kvoffload_storage.aligned import aligned_empty
-from kvoffload_storage.store import Moved, Store
+from kvoffload_storage.errors import StorageError
+from kvoffload_storage.store import Moved, Store, Ticket
 from torch import Tensor
 
 from kvoffload.cache.slots import Slots
@@ -46,8 +48,8 @@ class Traffic:
         return self.moved + Moved(cpu=int(self.mapped))
 
 
-Arrival = tuple[Selection, Callable[[], Tensor]]
-"""Slices of a step and how to get them: the call waits if it must, and gives uint8 [F, slice_bytes] on the device."""
+Arrival = Callable[[], tuple[Selection, Tensor]]
+"""Slices of a step: the call waits if it must, and gives those that came, uint8 [F, slice_bytes] on the device."""
 
 
 class Fetch(ABC):
@@ -58,11 +60,15 @@ class Fetch(ABC):
         self.device = slots.data.device
         self.decode, self.prefill, self.refresh = Traffic(), Traffic(), Traffic()
         self.n_asked, self.n_hits = 0, torch.zeros((), dtype=torch.int64)
+        self.wait_s = 0.0  # that decode steps were blocked by reads
+        self.n_late = 0  # slices of decode steps that were not waited for
+        self.patience_s: float | None = None  # how long a step waits for its slices; None: until they are there
         self.step_bytes = 0  # device bytes of the largest step so far that no cache keeps; layers share them
 
     @abstractmethod
     def start(self, selection: Selection) -> list[Arrival]:
-        """Ask for the slices without waiting for slow bytes; those already on the device come first.
+        """Ask for the slices without waiting for slow bytes; those already on the device come first. Slices that are
+        late (``patience_s``) are left out, unless the selection is all there is.
 
         The tensors are valid until the next request.
         """
@@ -77,15 +83,33 @@ class Fetch(ABC):
         """Ask for a run of sealed pages without waiting; the call gives them, ``valid`` None, until the next run is
         asked for. Steps may come in between."""
 
+    def ahead(self, selection: Selection) -> None:
+        """Slices that the next step of this layer will probably select: a tier may begin to move them."""
+        selection = selection.to(torch.device("cpu"))
+        self.store.ahead(self.layer, selection.page_ids, selection.store_rows)
+
+    def take_counts(self, other: "Fetch") -> None:
+        """Go on with what another one has counted, in whose place this one comes."""
+        other.count_unasked()
+        self.decode, self.prefill, self.refresh = other.decode, other.prefill, other.refresh
+        self.n_asked, self.n_hits, self.n_late = other.n_asked, other.n_hits, other.n_late
+        self.wait_s, self.step_bytes = other.wait_s, other.step_bytes
+
+    def count_unasked(self) -> None:
+        """Count what moved as decode traffic that no step had to wait for."""
+        self.decode.moved += self.store.moved_unasked(self.layer)
+
     @contextmanager
     def counted_as_prefill(self) -> Iterator[None]:
         """Requests inside this block are part of the prefill: their bytes and hits leave the decode's counts alone."""
         decode, asked, hits = self.decode, self.n_asked, self.n_hits
-        self.decode = self.prefill
+        wait_s, late, patience_s = self.wait_s, self.n_late, self.patience_s
+        self.decode, self.patience_s = self.prefill, None
         try:
             yield
         finally:
             self.decode, self.n_asked, self.n_hits = decode, asked, hits
+            self.wait_s, self.n_late, self.patience_s = wait_s, late, patience_s
 
     def _admit(self, selection: Selection) -> tuple[Tensor, Tensor] | None:
         """Places in the page cache; several queries of a row, which may want the same pages, pass it by."""
@@ -114,11 +138,11 @@ class MappedFetch(Fetch):
             self.step_bytes = max(self.step_bytes, places.numel())
             gather_slices(source, ids, places)
             self._count(len(selection))
-            return [(selection, lambda: places)]
+            return [lambda: (selection, places)]
         slot_ids, hit = admitted
         gather_slices(source, ids, self.slots.data, slot_ids, ~hit)
         self._count((~hit).sum())
-        return [(selection, lambda: self.slots.data.index_select(0, slot_ids))]
+        return [lambda: (selection, self.slots.data.index_select(0, slot_ids))]
 
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
         n_pages = self.store.n_pages(self.layer)
@@ -166,7 +190,7 @@ class SubmittedFetch(Fetch):
         have = Selection(selection.row_ids[hit], selection.page_ids[hit])
         want = Selection(selection.row_ids[~hit], selection.page_ids[~hit])
         resident = self.slots.data.index_select(0, places[hit].to(self.device))
-        return [(have, lambda: resident), *self._submit([want], places[~hit].to(self.device))]
+        return [lambda: (have, resident), *self._submit([want], places[~hit].to(self.device))]
 
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
         n_pages = self.store.n_pages(self.layer)
@@ -211,16 +235,39 @@ class SubmittedFetch(Fetch):
         return [self._read(s, part, places) for s, part in zip(selections, parts, strict=True)]
 
     def _read(self, selection: Selection, staged: Tensor, places: Tensor | None) -> Arrival:
+        self.count_unasked()
         ticket = self.store.read_slices(self.layer, selection.page_ids, selection.store_rows, staged)
 
-        def arrive() -> Tensor:
-            self.decode.moved += ticket.wait()
+        def arrive() -> tuple[Selection, Tensor]:
+            landed = self._wait(ticket, len(selection))
+            if landed is not None:
+                self.n_late += len(selection) - len(landed)
+                late = Selection(selection.row_ids[landed], selection.page_ids[landed], selection.n_queries)
+                return late.to(self.device), staged[landed].to(self.device)
             data = staged.to(self.device)
             if places is not None:
                 self.slots.data.index_copy_(0, places, data)
-            return data
+            return selection.to(self.device), data
 
-        return selection.to(self.device), arrive
+        return arrive
+
+    def _wait(self, ticket: Ticket, n_slices: int) -> Tensor | None:
+        """Wait for a step's slices; int64 rows of those that came where some are late."""
+        everything = n_slices >= self.store.n_pages(self.layer) * self.geometry.rows
+        patience_s = None if everything else self.patience_s
+        started = time.perf_counter()
+        ticket.done(patience_s)
+        self.wait_s += time.perf_counter() - started  # blocked; what follows is work on bytes that are there
+        try:
+            if patience_s is None:
+                self.decode.moved += ticket.wait()
+                return None
+            moved, landed = ticket.settle(0.0)
+            self.decode.moved += moved
+            return None if landed is None else torch.from_numpy(landed.nonzero()[0])
+        except StorageError:
+            self.slots.forget()
+            raise
 
     def _buffer(self, n_bytes: int) -> Tensor:
         return aligned_empty(n_bytes, pinned=self.device.type == "cuda")

@@ -25,6 +25,9 @@ class Slots(ABC):
     def reserve(self, n_slices: int) -> Tensor:
         """Room for a step whose slices are not kept, uint8 [n_slices, slice_bytes]; lost at the next call."""
 
+    def forget(self) -> None:  # noqa: B027 - what keeps nothing has nothing to forget
+        """What was admitted may never have been written: nothing is kept any more."""
+
     @property
     @abstractmethod
     def resident_bytes(self) -> int:
@@ -76,6 +79,9 @@ class PageCache(Slots):
     @property
     def resident_bytes(self) -> int:
         return tensor_bytes(self.data)
+
+    def forget(self) -> None:
+        self._start_table(self._owners.device)
 
     def _start_table(self, device: torch.device) -> None:
         """Who owns the places is kept where the keys come from."""

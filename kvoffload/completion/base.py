@@ -43,6 +43,9 @@ class Completion(ABC):
     def absorb(self, pages: Pages) -> None:
         """Take in the next sealed pages; the tensors are not kept."""
 
+    def refresh(self) -> None:  # noqa: B027 - most have nothing that lags behind
+        """What an estimate does about the pages so far before it answers; one that is restored repeats it."""
+
     @abstractmethod
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         """The absorbed pages minus the fetched ones, as a partial [rows * Q, R]; lse = -inf where nothing remains

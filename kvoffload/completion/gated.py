@@ -38,6 +38,10 @@ class GatedCompletion(Completion):
         for candidate in self.candidates:
             candidate.absorb(pages)
 
+    def refresh(self) -> None:
+        for candidate in self.candidates:
+            candidate.refresh()
+
     def choose(self, errors: Tensor) -> None:
         """Take each head's best: errors of every choice fp32 [choices, rows, R], abstaining first."""
         self.choice = torch.cat([errors[:1] * (1 - self._margin), errors[1:]]).argmin(0)

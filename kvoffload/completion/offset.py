@@ -35,6 +35,9 @@ class OffsetCompletion(Completion):
     def absorb(self, pages: Pages) -> None:
         self._inner.absorb(pages)
 
+    def refresh(self) -> None:
+        self._inner.refresh()
+
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         rest = self._inner.estimate(query, fetched, scores)
         return Partial(rest.output, rest.lse + per_query(self._offset, query))

@@ -75,11 +75,14 @@ class RegressionCompletion(Completion):
     def absorb(self, pages: Pages) -> None:
         self._add(pages.values.flatten(1, 2).float(), pages.log_valid().flatten(1))
 
+    def refresh(self) -> None:
+        if self._n_tokens and self._n_tokens >= self._fitted_tokens * _REFIT_GROWTH:
+            self._fit()
+
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         if self._n_tokens == 0:
             return Partial.empty(query, self._geometry.value_dim)
-        if self._n_tokens >= self._fitted_tokens * _REFIT_GROWTH:
-            self._fit()
+        self.refresh()
         mean = self._by_query(self._mean_features(self._logits(query, fetched)), query)
         values = (by_row(mean.output, self._geometry.rows) - self._centre) @ self._map[:, 1:] + self._map[:, :1]
         return Partial(values.reshape(*query.shape[:2], -1), mean.lse).masked(~mean.lse.isneginf())

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
-import torch
 from kvoffload_storage.errors import CapacityError
 from kvoffload_storage.file import FileStore
-from kvoffload_storage.memory import MemoryStore
-from kvoffload_storage.store import Store, StoreShape
+from kvoffload_storage.segments import Sealed
+from kvoffload_storage.store import Moved, Store, StoreShape
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
@@ -19,7 +19,9 @@ from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
 from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.prefill import prefill, prepare, refill
+from kvoffload.attention.stores import copy_pages, open_store
 from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
@@ -27,6 +29,7 @@ from kvoffload.geometry import Geometry
 from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
 from kvoffload.models.freeze import SharedKv
+from kvoffload.models.padding import note_padding
 from kvoffload.policies.base import Depth, Freezing
 from kvoffload.values import Partial, query_rows
 
@@ -41,7 +44,7 @@ class OffloadLayer(CacheLayerMixin):
 
     def __init__(self, cache: "OffloadCache", index: int, place: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache, self._index, self._place = cache, index, place
+        self._cache, self._index, self.place = cache, index, place
         self.kv: LayerCache | None = None
         self.n_seen = 0
         self._pending = False
@@ -80,7 +83,7 @@ class OffloadLayer(CacheLayerMixin):
         if self.kv is None:
             sizes = (n_sequences, n_heads, group, k.shape[-1], v.shape[-1])
             geometry = Geometry(*sizes, self._cache.config.page_size, k.dtype, scale, softcap)
-            self.kv = self._cache.build(self._index, self._place, geometry, k, v)
+            self.kv = self._cache.build(self._index, self.place, geometry, k, v)
         try:
             return self._attend(self.kv, q, k, v, mask)
         except CapacityError as error:
@@ -91,8 +94,8 @@ class OffloadLayer(CacheLayerMixin):
             return prefill(kv, q, k, v, kv.fetch.decode)
         one_by_one = q.shape[2] == 1 or self._cache.stepping
         if self._cache.exact or kv.n_tokens == 0 or not one_by_one:
-            k, v = self._cache.freeze(self._place, kv.n_tokens, k, v)
-            self._note_padding(kv, mask)
+            k, v = self._cache.freeze(self.place, kv.n_tokens, k, v)
+            note_padding(kv, mask)
             kv.remember_queries(q)
             return prefill(kv, q, k, v)
         prepare(kv)
@@ -112,7 +115,7 @@ class OffloadLayer(CacheLayerMixin):
         geometry = theirs[0].geometry
         if len(theirs) > 1:
             geometry = replace(geometry, n_sequences=len(theirs))
-        self.kv = self._cache.build(self._index, self._place, geometry, *theirs[0].anchors.buffers)
+        self.kv = self._cache.build(self._index, self.place, geometry, *theirs[0].anchors.buffers)
         if len(theirs) > 1:
             join(self.kv, theirs)
         else:
@@ -149,20 +152,6 @@ class OffloadLayer(CacheLayerMixin):
 
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
-    def _note_padding(self, kv: LayerCache, mask: Tensor | None) -> None:
-        """Left padding of each row from bool [B, 1, 1, KV]; anything but left padding is refused."""
-        if mask is None:
-            return
-        if mask.dtype != torch.bool or mask.shape[-2] != 1:
-            raise UnsupportedModelError(f"an attention mask of shape {list(mask.shape)} is not supported")
-        real = mask[:, 0, 0]
-        padding = (~real).sum(-1)
-        slots = torch.arange(real.shape[1], device=real.device)
-        if not bool((real == (slots >= padding[:, None])).all()):
-            raise UsageError("attention_mask must be left padding: zeros, then ones, in every row")
-        if kv.anchors.padding is not None or bool(padding.any()):
-            kv.anchors.padding = padding.repeat_interleave(kv.geometry.n_kv_heads)
-
 
 class OffloadCache(DynamicCache):
     """A DynamicCache whose full-attention layers keep their KV in the configured tier.
@@ -192,8 +181,11 @@ class OffloadCache(DynamicCache):
         self._shared_kv = SharedKv(self.freezing) if self.freezing and self.freezing.what == "kv" else None
         if self.anew.is_wanted and self.n_offloaded < len(self.layers):
             raise UsageError("policy: layers with bounded KV (sliding windows) do not allow to compute tokens anew")
-        self._expected_tokens = expected_tokens
+        self._expected_tokens, self._prefetch = expected_tokens, Prefetch(config.prefetch)
         self._stores: dict[StoreShape, Store] = {}
+        self._sealed: dict[StoreShape, Sealed] = {}
+        self._mirrors: dict[StoreShape, FileStore] = {}
+        self.copied_read, self.copied_written = Moved(), Moved()
         self._staging: dict[StoreShape, Staging] = {}
         self.wrap_store: Callable[[Store], Store] = lambda store: store
 
@@ -297,13 +289,36 @@ class OffloadCache(DynamicCache):
         shape = StoreShape(self.n_offloaded, geometry.rows, geometry.slice_bytes)
         if shape not in self._stores:
             capacity = -(-self._expected_tokens // geometry.page_size)
-            self._stores[shape] = self.wrap_store(_open_store(self.config, shape, capacity, keys.device))
+            opened = open_store(self.config, shape, capacity, keys.device, self._sealed.get(shape))
+            mirror = opened.mirror
+            self._stores[shape] = self.wrap_store(opened.store)
+            self.copied_read += opened.read
+            if mirror is not None:
+                self._mirrors[shape] = mirror
             self._staging[shape] = Staging(shape.slice_bytes, keys.device)
         store, staging = self._stores[shape], self._staging[shape]
         return build_layer(
             self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values,
-            policies=self.policies,
+            policies=self.policies, prefetch=self._prefetch,
         )  # fmt: skip
+
+    def begin_with(self, stores: Sequence[Sealed]) -> None:
+        """Layers that are built from now on begin with these pages; their files are closed with this cache."""
+        self._sealed = {sealed.shape: sealed for sealed in stores}
+
+    def seal(self, directory: Path) -> list[Sealed]:
+        """Files that hold all sealed pages; tiers in memory get some inside ``directory``, which grow from call to
+        call."""
+        sealed = []
+        for shape, store in self._stores.items():
+            files = store.seal()
+            if files is None:
+                mirror = self._mirrors.get(shape) or FileStore(directory, shape, direct=self.config.direct)
+                self._mirrors[shape] = mirror
+                self.copied_written += copy_pages(store, mirror)[1]
+                files = mirror.seal()
+            sealed.append(files)
+        return sealed
 
     def copy_prefill(self, *sources: "OffloadCache") -> None:
         """Begin with the tokens of another cache of the same model, page size and anchors, whatever its tier and
@@ -326,22 +341,5 @@ class OffloadCache(DynamicCache):
 
     def close(self) -> None:
         """Give back memory, files and threads; a second call does nothing."""
-        for store in self._stores.values():
+        for store in (*self._stores.values(), *self._mirrors.values()):
             store.close()
-
-
-def _open_store(config: RuntimeConfig, shape: StoreShape, capacity_pages: int, device: torch.device) -> Store:
-    if config.offload == "nvme":
-        return FileStore(
-            config.nvme_dir,
-            shape,
-            engine=config.io_engine,
-            capacity_pages=capacity_pages,
-            max_bytes=config.nvme_max,
-            direct=config.direct,
-            pinned=device.type == "cuda",
-        )
-    if config.offload == "cpu":
-        pinned = device.type == "cuda"
-        return MemoryStore(shape, tier="cpu", pinned=pinned, capacity_pages=capacity_pages, max_bytes=config.cpu_max)
-    return MemoryStore(shape, tier="gpu", device=device, capacity_pages=capacity_pages)

@@ -40,6 +40,15 @@ class Sampler:
         if sampling.top_p < 1:
             self._processors.append(TopPLogitsWarper(sampling.top_p))
 
+    @property
+    def state(self) -> Tensor:
+        """Where the generator stands, uint8 in host memory; may be set."""
+        return self._generator.get_state()
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
+
     def pick(self, logits: Tensor, so_far: Tensor) -> Tensor:
         """The next token int64 [1, 1] from logits [1, vocabulary]; ``so_far`` [1, n] are the tokens before it."""
         if self._greedy:

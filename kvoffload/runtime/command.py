@@ -3,7 +3,6 @@
 Everything that can be refused is refused before any weights load: names, the prompt, and the plan for its length.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,8 @@ from kvoffload.runtime.limits import find_limits
 from kvoffload.runtime.plan import Plan, make_plan
 from kvoffload.runtime.prompt import prompt_ids, prompt_text
 from kvoffload.runtime.session import Session
-from kvoffload.runtime.terminal import ProgressView, plan_title, statistics_line, write_table
+from kvoffload.runtime.session_choice import FoundSession, find_session, has_session, open_session
+from kvoffload.runtime.terminal import ProgressView, plan_title, statistics_line, write_json, write_table
 from kvoffload.settings import Settings, to_toml
 from kvoffload.units import parse_count
 
@@ -45,6 +45,7 @@ class Job:
     source: ModelSource
     tokenizer: Any
     prompt: list[int]
+    found: FoundSession | None
     plan: Plan
     device: torch.device
     dtype: torch.dtype
@@ -56,18 +57,24 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
     with view.showing():
         job = accept(settings, view)
         runtime = Runtime(_load(job, view), settings.runtime())
-    with runtime.session(expected_tokens=job.plan.context) as session:
+    with open_session(runtime, settings, expected_tokens=job.plan.context) as session:
         with view.showing():
-            session.prefill(job.prompt, on_progress=view.prefill)
+            if job.prompt:
+                session.prefill(job.prompt, on_progress=view.prefill)
+            session.finish_prefill(on_progress=view.prefill)
         for note in session.cache.notes:
             view.say(note)
         text = _stream(session, settings, out)
+        if session.autosave is not None:
+            session.save(session.autosave)
         stats = session.stats()
+    if stats.recomputed_pages:
+        view.warn(f"{stats.recomputed_pages:,} damaged pages were dropped and computed again from their tokens")
     view.say(statistics_line(stats))
     if settings.output == "json":
         config = settings.runtime().model_dump(mode="json") | {"budget": str(settings.effective_budget)}
         config |= settings.sampling().model_dump(mode="json")
-        _write_json(out, {"text": text, **stats.as_dict(), "model": job.source.name, "config": config})
+        write_json(out, {"text": text, **stats.as_dict(), "model": job.source.name, "config": config})
     return 0
 
 
@@ -84,7 +91,7 @@ def run_plan(settings: Settings, context: str | None, batch: int, out: TextIO) -
     )
     plan = _plan(settings, source, model_config, device, n_tokens, batch)
     if settings.output == "json":
-        _write_json(out, {"model": source.name, **plan.as_dict()})
+        write_json(out, {"model": source.name, **plan.as_dict()})
     else:
         write_table(out, plan_title(source.name, plan), ("what", "where", "size"), plan.rows())
     plan.check()
@@ -95,7 +102,7 @@ def run_env(required: Iterable[str], nvme_dir: Path | None, out: TextIO, *, as_j
     """Print what the machine offers; exit code 1 if something required is missing."""
     report = inspect(required, nvme_dir)
     if as_json:
-        _write_json(out, report.as_dict())
+        write_json(out, report.as_dict())
     else:
         write_table(out, "environment", ("what", "found"), report.rows())
         for name in report.missing:
@@ -106,7 +113,7 @@ def run_env(required: Iterable[str], nvme_dir: Path | None, out: TextIO, *, as_j
 def show_config(settings: Settings, out: TextIO) -> int:
     """Print the merged settings as TOML that ``--config`` takes, or as one JSON object."""
     if settings.output == "json":
-        _write_json(out, settings.merged())
+        write_json(out, settings.merged())
     else:
         out.write(to_toml(settings.merged()) + "\n")
     return 0
@@ -114,19 +121,22 @@ def show_config(settings: Settings, out: TextIO) -> int:
 
 def accept(settings: Settings, view: ProgressView) -> Job:
     """Check everything that can be checked without weights; raises UsageError or OutOfRoomError."""
-    source, text = _source(settings), prompt_text(settings)
+    source, text = _source(settings), prompt_text(settings, optional=has_session(settings))
     device = pick_device(settings.device)
     if settings.offload == "nvme" and (reason := available_engines()[settings.io_engine]):
         raise UsageError(f"io_engine: {settings.io_engine!r} cannot be used here: {reason}")
     model_config = load_config(source)
     _plan(settings, source, model_config, device, 1 + settings.max_new_tokens, 1).check()
     check_calibrations(settings.calibrations, source)
+    dtype = pick_dtype(settings.dtype, model_config, device)
+    found = find_session(settings, source, model_config, dtype, view)
     tokenizer = load_tokenizer(source, view.load)
-    prompt = prompt_ids(text, settings, tokenizer)
-    _check_context(len(prompt), _max_context(model_config), settings, view)
-    plan = _plan(settings, source, model_config, device, len(prompt) + settings.max_new_tokens, 1)
+    prompt = prompt_ids(text, settings, tokenizer) if found is None else found.prompt(text, settings, tokenizer)
+    n_before = 0 if found is None else len(found.token_ids)
+    _check_context(n_before + len(prompt), _max_context(model_config), settings, view)
+    plan = _plan(settings, source, model_config, device, n_before + len(prompt) + settings.max_new_tokens, 1)
     plan.check()
-    return Job(source, tokenizer, prompt, plan, device, pick_dtype(settings.dtype, model_config, device))
+    return Job(source, tokenizer, prompt, found, plan, device, dtype)
 
 
 def _source(settings: Settings) -> ModelSource:
@@ -179,10 +189,6 @@ def _stream(session: Session, settings: Settings, out: TextIO) -> str:
     if visible and not text.endswith("\n"):
         out.write("\n")
     return text
-
-
-def _write_json(out: TextIO, values: dict[str, Any]) -> None:
-    out.write(json.dumps(values) + "\n")
 
 
 def _plain(device: str) -> str:

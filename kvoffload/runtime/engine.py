@@ -1,5 +1,6 @@
 """``Runtime``: a model, a configuration, and sessions over them."""
 
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, switch_attention
+from kvoffload.runtime.saving import SavedAs, fill_session, open_session_file, rewrite_if_scattered, take_write_lock
 from kvoffload.runtime.session import Session
 
 
@@ -47,9 +49,54 @@ class Runtime:
 
     def session(self, *, expected_tokens: int = 0) -> Session:
         """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth."""
+        return self._session(self.config, expected_tokens)
+
+    def _session(self, config: RuntimeConfig, expected_tokens: int) -> Session:
         if self.loaded is None:
             raise UsageError("this Runtime has no model of its own: use attach(), or Runtime.from_pretrained()")
-        return Session(self.loaded.model, self.loaded.tokenizer, self.config, expected_tokens=expected_tokens)
+        return Session(self.loaded.model, self.loaded.tokenizer, config, expected_tokens=expected_tokens)
+
+    def restore(self, path: str | Path) -> Session:
+        """The session that was saved at ``path``, verified; it may be asked for as often as wanted, also by several
+        processes. Raises UsageError where there is none or where it was made with another model, dtype, page size,
+        rotary settings or anchors; the storage package's IntegrityError where it is damaged."""
+        return self._restore(Path(path), self.config)
+
+    def _restore(self, path: Path, config: RuntimeConfig) -> Session:
+        session = self._session(config, 0)
+        try:
+            bundle = open_session_file(path, config)
+            try:
+                fill_session(session, bundle)
+            except BaseException:
+                bundle.close()
+                raise
+            session.saved_as = SavedAs(bundle.path.absolute(), bundle.manifest, None)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def open_session(self, path: str | Path, *, expected_tokens: int = 0) -> Session:
+        """The session at ``path``, for writing: no other process can write to it before ``close``. It is restored, or
+        made at its first save. Prefills save it after every chunk, so that a killed one goes on from there."""
+        path, config = Path(path), self.config
+        if config.nvme_dir is None:  # on the session's file system, where its files can be linked to
+            config = config.model_copy(update={"nvme_dir": path.absolute().parent})
+        if not path.exists():
+            session = self._session(config, expected_tokens)
+        else:
+            lock = take_write_lock(path)
+            try:
+                rewrite_if_scattered(path, lock)
+                session = self._restore(path, config)
+            except BaseException:
+                lock.release()
+                raise
+            if session.saved_as is not None:
+                session.saved_as.lock = lock
+        session.autosave = path
+        return session
 
     def attach(self, hf_model: Any, *, expected_tokens: int = 0) -> OffloadCache:
         """A cache for the stock ``hf_model.generate(past_key_values=cache)``, batches with left padding included.

@@ -225,6 +225,7 @@ def _page_needs(kv: KVFootprint, config: RuntimeConfig, context: int, batch: int
     extents = max(_EXTENT_BYTES, _round_up(page_bytes, _BLOCK)) * kv.n_layers
     return (
         Need("write-behind extents", "host", min(extents + _IN_FLIGHT_BYTES, disk_bytes + extents)),
+        *([] if config.cpu_max is None else [Need("cpu tier", "host", min(config.cpu_max, disk_bytes))]),
         Need("KV pages", "disk", disk_bytes, config.nvme_max, "--nvme-max"),
     )
 

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from kvoffload_storage.errors import IntegrityError
 from torch import Tensor
 
 from kvoffload.attention.prefill import prepare
@@ -15,6 +17,9 @@ from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
+from kvoffload.runtime.repair import repair
+from kvoffload.runtime.saving import SavedAs, save_session
+from kvoffload.runtime.session_file import Description
 from kvoffload.runtime.stats import Stats, collect
 
 
@@ -42,11 +47,19 @@ class Session:
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: RuntimeConfig, *, expected_tokens: int = 0) -> None:
-        self._model, self._tokenizer, self._config = model, tokenizer, config
+        self.model, self._tokenizer, self.config = model, tokenizer, config
         self.cache = OffloadCache(model.config, config, expected_tokens=expected_tokens)
         self.token_ids: list[int] = []
+        self.saved_as: SavedAs | None = None
+        self.autosave: Path | None = None
+        self.sampling: SamplingConfig | None = None
+        self.unfinished, self.prompt_start = False, 0
         self._logits: Tensor | None = None
-        self._prompt_tokens = self._new_tokens = 0
+        self._generator: Tensor | None = None  # where sampling goes on
+        self._sampler: Sampler | None = None
+        self.prompt_tokens = self._new_tokens = 0
+        self._restored = self._computed = 0
+        self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
         self._started_s = 0.0
         self._step_s = 0.0
@@ -59,8 +72,16 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Give back memory and files; a second call does nothing."""
+        """Give back memory and files; a second call does nothing. What was saved stays."""
         self.cache.close()
+        if self.saved_as is not None:
+            self.saved_as.release()
+
+    def save(self, path: str | Path, *, pinned: bool | None = None) -> None:
+        """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
+        another process. Pages that were saved before are not written again. Raises UsageError when another process
+        writes to it or has saved there since this session was read."""
+        self.saved_as = save_session(self, Path(path), pinned=pinned)
 
     @torch.inference_mode()
     def prefill(self, prompt: str | list[int] | Tensor, on_progress: Callable[[Progress], None] | None = None) -> None:
@@ -69,28 +90,50 @@ class Session:
         ids = self._encode(prompt)
         if not ids:
             raise UsageError("the prompt is empty: at least one token is needed")
-        self._started_s, self._ttft_s = time.perf_counter(), None
-        pending = self.token_ids[self.cache.get_seq_length() :] + ids
+        if not self.unfinished:
+            self.prompt_start = len(self.token_ids)
         self.token_ids += ids
-        self._prompt_tokens += len(ids)
-        total = len(pending)
-        with self.cache.prefilling():
-            done = 0
-            for chunk in torch.tensor(pending, device=self._model.device).tensor_split(self._n_chunks(total)):
-                with frozen_states(self._model, self.cache.freezing, self.cache.get_seq_length()):
-                    self._logits = self._forward(chunk[None])
-                done += len(chunk)
-                if on_progress is not None:
-                    on_progress(Progress(done, total, self._bytes_moved()))
+        self.prompt_tokens += len(ids)
+        self.unfinished = True
+        self.finish_prefill(on_progress)
+
+    @torch.inference_mode()
+    def finish_prefill(self, on_progress: Callable[[Progress], None] | None = None) -> None:
+        """Take in the rest of a prompt whose prefill was broken off, in this process or another. With ``autosave`` the
+        session is saved after every chunk."""
+        if not self.unfinished:
+            return
+        self._started_s, self._ttft_s = time.perf_counter(), None
+        while self.unfinished:
+            try:
+                self._prefill_rest(on_progress)
+            except IntegrityError as error:
+                repair(self, error)
+        if self.autosave is not None:
+            self.save(self.autosave)
+
+    def _prefill_rest(self, on_progress: Callable[[Progress], None] | None) -> None:
+        pending = self.token_ids[self.cache.get_seq_length() :]
+        done, total = 0, len(pending)
+        for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
+            frozen = frozen_states(self.model, self.cache.freezing, self.cache.get_seq_length())
+            with self.cache.prefilling(), frozen:
+                self._logits = self._forward(chunk[None])
+            done += len(chunk)
+            if on_progress is not None:
+                on_progress(Progress(done, total, self._bytes_moved()))
+            if self.autosave is not None and done < total:
+                self.save(self.autosave)
         for layer in self.cache.offloaded:
             prepare(layer)
+        self.unfinished = False
 
     @torch.inference_mode()
     def copy_prefill(self, source: "Session") -> None:
         """Begin where another session of the same model stands, under this session's own tier and policies."""
         self.cache.copy_prefill(source.cache)
         self.token_ids, self._logits = list(source.token_ids), source._logits
-        self._prompt_tokens = source._prompt_tokens
+        self.prompt_tokens = source.prompt_tokens
         for layer in self.cache.offloaded:
             prepare(layer)
 
@@ -112,10 +155,19 @@ class Session:
 
     def stream(self, sampling: SamplingConfig | None = None) -> Iterator[StreamEvent]:
         """Generate until the end token, a stop string or ``max_new_tokens``: one event a token, the end token included.
-        Raises UsageError before a prefill."""
-        sampling = sampling or SamplingConfig()
-        text, sampler = TextStream(self._tokenizer, sampling.stop), Sampler(sampling, self._model.device)
-        ends = end_tokens(self._model, self._tokenizer)
+        Without ``sampling`` (or its seed) it goes on as the last time, also in a restored session. Raises UsageError
+        before a prefill."""
+        goes_on = sampling is None or sampling.seed is None
+        sampling = self.sampling = sampling or self.sampling or SamplingConfig()
+        text = TextStream(self._tokenizer, sampling.stop)
+        sampler, state = Sampler(sampling, self.model.device), self._rng()
+        if goes_on and state is not None:
+            sampler.state = state
+        self._sampler = sampler
+        if self._computed == 0:
+            self._started_s = time.perf_counter()
+        self.finish_prefill()
+        ends = end_tokens(self.model, self._tokenizer)
         for i in range(sampling.max_new_tokens):
             token = self._next_token(sampler)
             if token in ends:
@@ -135,13 +187,43 @@ class Session:
         """What moved so far."""
         return collect(
             self.cache.offloaded,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
             new_tokens=self._new_tokens,
             ttft_s=self._ttft_s,
             tpot_ms=self._step_s / self._n_steps * 1000 if self._n_steps else None,
             bounded_bytes=self.cache.bounded_bytes,
-            max_dropped_mass=self._config.max_dropped_mass,
+            copied=(self.cache.copied_read, self.cache.copied_written),
+            restored_tokens=self._restored,
+            computed_tokens=self._computed,
+            recomputed_pages=self.recomputed_pages,
+            max_dropped_mass=self.config.max_dropped_mass,
         )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a session file keeps beside the cache: the logits after the newest token, if it was fed already, and
+        where sampling goes on."""
+        found = {"logits": self._logits, "rng": self._rng()}
+        if self.cache.get_seq_length() < len(self.token_ids):
+            del found["logits"]
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items() if tensor is not None}
+
+    def take_over(
+        self, token_ids: list[int], saved: Description, tensors: dict[str, Tensor], sampling: SamplingConfig | None
+    ) -> None:
+        """Stand where a session file stands; the cache is filled already."""
+        self.token_ids, self.sampling = token_ids, sampling
+        self.prompt_tokens, self.prompt_start, self.unfinished = (
+            saved.prompt_tokens,
+            saved.prompt_start,
+            saved.unfinished or self.unfinished,
+        )
+        self._restored = self.cache.get_seq_length()
+        self._generator = tensors.get("rng")
+        if "logits" in tensors and not self.unfinished:
+            self._logits = tensors["logits"].to(self.model.device)
+
+    def _rng(self) -> Tensor | None:
+        return self._generator if self._sampler is None else self._sampler.state
 
     def _encode(self, prompt: str | list[int] | Tensor) -> list[int]:
         if isinstance(prompt, str):
@@ -149,11 +231,12 @@ class Session:
         return prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
 
     def _n_chunks(self, n_tokens: int) -> int:
-        size = self._config.prefill_chunk or (8192 if self._model.device.type == "cuda" else 1024)
+        size = self.config.prefill_chunk or (8192 if self.model.device.type == "cuda" else 1024)
         return -(-n_tokens // size)
 
     def _forward(self, ids: Tensor) -> Tensor:
-        output = self._model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self._computed += ids.shape[1]
+        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]  # type: ignore[no-any-return]
 
     def _next_token(self, sampler: Sampler) -> int:
@@ -174,7 +257,15 @@ class Session:
     def _catch_up(self) -> Tensor:
         """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
         for token in self.token_ids[self.cache.get_seq_length() :]:
-            self._logits = feed(self._model, self.cache, torch.tensor([[token]], device=self._model.device))[:, -1]
+            try:
+                self._computed += 1
+                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
+            except IntegrityError as error:  # then this token and those behind it are prefilled
+                repair(self, error)
+                ttft_s = self._ttft_s
+                self.finish_prefill()
+                self._ttft_s = ttft_s
+                break
         if self._logits is None:
             raise UsageError("prefill a prompt first: there is nothing to go on from")
         return self._logits

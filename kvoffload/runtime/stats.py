@@ -12,8 +12,9 @@ from kvoffload.attention.layer import LayerCache
 
 @dataclass(frozen=True)
 class Stats:
-    """Means over decode steps, layers and kv heads; shares are of the mean context length. None where no step was
-    made."""
+    """Means over decode steps, layers and kv heads; shares are of the mean context length. ``disk_wait_ms`` is the part
+    of a step that waited for files, all layers together; ``late_share`` of the slices asked for were not waited for.
+    None where no step was made."""
 
     prompt_tokens: int
     new_tokens: int
@@ -33,6 +34,11 @@ class Stats:
     completion_mass: float | None
     hit_rate: float | None
     gate_abstain_share: float | None
+    restored_tokens: int = 0
+    computed_tokens: int = 0
+    recomputed_pages: int = 0
+    disk_wait_ms: float | None = None
+    late_share: float | None = None
     scored_share: float | None = None
     max_dropped_mass: float | None = None
     dropped_mass: float | None = None
@@ -99,17 +105,25 @@ def collect(
     ttft_s: float | None,
     tpot_ms: float | None,
     bounded_bytes: int = 0,
+    copied: tuple[Moved, Moved] = (Moved(), Moved()),
+    restored_tokens: int = 0,
+    computed_tokens: int = 0,
+    recomputed_pages: int = 0,
     max_dropped_mass: float | None = None,
 ) -> Stats:
-    """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers."""
+    """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
+    what was read and written between tiers for a session file."""
     step_bytes = max((layer.fetch.step_bytes for layer in layers), default=0)
+    for layer in layers:
+        layer.fetch.count_unasked()
     reads = Reads.of(layers)
+    n_steps = max((layer.meter.steps for layer in layers), default=0)
     decode = sum((layer.fetch.decode.total() for layer in layers), Moved())
     index_read = sum(layer.meter.index_bytes_read for layer in layers)
     decode += Moved(cpu=index_read)
     refresh = sum((layer.fetch.refresh.total() for layer in layers), Moved())
-    read = sum((layer.fetch.prefill.total() for layer in layers), decode + refresh)
-    written = sum((layer.meter.written for layer in layers), Moved())
+    read = sum((layer.fetch.prefill.total() for layer in layers), decode + refresh + copied[0])
+    written = sum((layer.meter.written for layer in layers), copied[1])
     n_asked = sum(layer.fetch.n_asked for layer in layers)
     masses = [float(x.meter.completion_mass) / x.meter.steps for x in layers if x.meter.completion_mass is not None]
     chosen = [layer.gate.choice for layer in layers if layer.gate is not None and layer.gate.choice is not None]
@@ -117,6 +131,9 @@ def collect(
     return Stats(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        restored_tokens=restored_tokens,
+        computed_tokens=computed_tokens,
+        recomputed_pages=recomputed_pages,
         ttft_s=ttft_s,
         tpot_ms=tpot_ms,
         budget_tokens=layers[0].budget.tokens(layers[0].n_tokens) if layers else None,
@@ -132,6 +149,8 @@ def collect(
         index_host_bytes=sum(layer.index_host_bytes for layer in layers),
         completion_mass=sum(masses) / len(masses) if masses else None,
         hit_rate=sum(int(layer.fetch.n_hits) for layer in layers) / n_asked if n_asked else None,
+        disk_wait_ms=sum(layer.fetch.wait_s for layer in layers) / n_steps * 1000 if n_steps else None,
+        late_share=sum(layer.fetch.n_late for layer in layers) / n_asked if n_asked else None,
         gate_abstain_share=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
         scored_share=scored_share(layers),
         max_dropped_mass=max_dropped_mass,

@@ -1,8 +1,9 @@
 """What people see: progress and statistics on stderr, tables on stdout."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -68,6 +69,8 @@ class ProgressView:
 def statistics_line(stats: Stats) -> str:
     """One line on a finished generation; what was not measured is left out."""
     parts = [f"{stats.prompt_tokens:,} prompt tok"]
+    if stats.restored_tokens:
+        parts.append(f"{stats.restored_tokens:,} tok restored, {stats.computed_tokens:,} computed")
     if stats.ttft_s is not None:
         parts.append(f"TTFT {stats.ttft_s:.2f} s")
     speed = f" at {1000 / stats.tpot_ms:.1f} tok/s" if stats.tpot_ms else ""
@@ -79,6 +82,8 @@ def statistics_line(stats: Stats) -> str:
     parts += [f"{tier} {format_size(n)} read" for tier, n in stats.bytes_read.items() if n]
     if stats.hit_rate is not None:
         parts.append(f"hits {stats.hit_rate:.0%}")
+    if stats.late_share:
+        parts.append(f"{stats.late_share:.1%} of slices late")
     if stats.completion_mass is not None:
         parts.append(f"completion mass {stats.completion_mass:.3f}")
     if stats.gate_abstain_share is not None:
@@ -90,6 +95,11 @@ def statistics_line(stats: Stats) -> str:
         held = f", held {stats.dropped_mass_held:.1%}" if stats.dropped_mass_held is not None else ""
         parts.append(f"dropped mass {stats.dropped_mass:.3f}{target}{held}")
     return " · ".join([*parts, f"resident {format_size(stats.resident_bytes)}"])
+
+
+def write_json(out: TextIO, values: dict[str, Any]) -> None:
+    """One object on one line."""
+    out.write(json.dumps(values) + "\n")
 
 
 def write_table(out: TextIO, title: str, header: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:

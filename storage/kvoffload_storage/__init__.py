@@ -1,15 +1,20 @@
 """Page stores: immutable pages of bytes in host memory, device memory or files, read by slice or by run."""
 
 from .aligned import aligned_empty
+from .bundle import Bundle, lock_bundle, open_bundle, read_manifest, remove_bundle, save_bundle
 from .disk import DiskSpeed, free_bytes, measure_disk, probe_direct
 from .engines import available_engines
 from .errors import CapacityError, IntegrityError, StorageError, UnavailableError
 from .file import FileStore
+from .locks import sweep
 from .memory import MemoryStore
+from .segments import Sealed, Segment
 from .store import Moved, Store, StoreShape, Ticket
+from .tiered import TieredStore
 from .wrappers import Fault, FaultyStore, LatencyStore, TracingStore, WrapperStore, cut_short, flip_bit
 
 __all__ = [
+    "Bundle",
     "CapacityError",
     "DiskSpeed",
     "Fault",
@@ -19,10 +24,13 @@ __all__ = [
     "LatencyStore",
     "MemoryStore",
     "Moved",
+    "Sealed",
+    "Segment",
     "StorageError",
     "Store",
     "StoreShape",
     "Ticket",
+    "TieredStore",
     "TracingStore",
     "UnavailableError",
     "WrapperStore",
@@ -31,6 +39,12 @@ __all__ = [
     "cut_short",
     "flip_bit",
     "free_bytes",
+    "lock_bundle",
     "measure_disk",
+    "open_bundle",
     "probe_direct",
+    "read_manifest",
+    "remove_bundle",
+    "save_bundle",
+    "sweep",
 ]

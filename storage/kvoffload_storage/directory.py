@@ -1,4 +1,4 @@
-"""The folder of one file store: made with a unique name, removed again unless it is kept."""
+"""The folder of one file store: made with a unique name, locked while it is in use, removed in the end."""
 
 import errno
 import os
@@ -8,42 +8,31 @@ import weakref
 from pathlib import Path
 
 from .errors import CapacityError, UnavailableError
+from .locks import PAGES, FolderLock, make_locked, sweep
 
 
 class StoreDirectory:
-    """A new folder, mode 0700, inside ``parent`` (None: the system's folder for temporary files).
+    """A new folder, mode 0700, inside ``parent`` (None: the system's folder for temporary files), after those of
+    processes that are gone were removed.
 
-    It is removed by ``remove``, when the object is dropped and at interpreter exit, unless ``keep`` came before.
+    It is removed by ``remove``, when the object is dropped and at interpreter exit; after a kill, by the next one.
     """
 
     def __init__(self, parent: Path | None) -> None:
+        where = parent or Path(tempfile.gettempdir())
         try:
-            if parent is not None:
-                parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix="kvoffload-", dir=parent))
+            where.mkdir(parents=True, exist_ok=True)
+            sweep(where)
+            self.path, lock = make_locked(where, PAGES)
         except OSError as error:
-            where = parent or tempfile.gettempdir()
             kind = CapacityError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UnavailableError
             raise kind(f"{where}: cannot make a folder: {os.strerror(error.errno or 0)}") from error
-        remover = weakref.finalize(self, _remove_tree, self.path)
-        self._remover: weakref.finalize[[Path], StoreDirectory] | None = remover
-
-    @classmethod
-    def of_kept(cls, path: Path) -> "StoreDirectory":
-        """The folder of a kept store, which is never removed."""
-        directory = cls.__new__(cls)
-        directory.path = path
-        directory._remover = None
-        return directory
-
-    def keep(self) -> None:
-        if self._remover is not None:
-            self._remover.detach()
+        self._remover = weakref.finalize(self, _remove_tree, self.path, lock)
 
     def remove(self) -> None:
-        if self._remover is not None:
-            self._remover()
+        self._remover()
 
 
-def _remove_tree(path: Path) -> None:
+def _remove_tree(path: Path, lock: FolderLock) -> None:
     shutil.rmtree(path, ignore_errors=True)
+    lock.release()

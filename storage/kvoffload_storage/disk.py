@@ -13,6 +13,7 @@ from .aligned import BLOCK_BYTES, aligned_empty
 from .engines import ReadJob, build_engine
 from .errors import UnavailableError
 from .format import PageLayout
+from .locks import PAGES, temporary_folder
 from .page_file import PageFile, storage_error, write_all
 
 WRITE_BYTES = 1 << 20
@@ -49,11 +50,24 @@ def probe_direct(directory: Path) -> tuple[bool, str]:
         raise UnavailableError(f"{directory}: cannot be written: {error.strerror}") from error
 
 
+def reads_directly(file: Path) -> bool:
+    """Whether the first block of an existing file can be read with direct I/O; nothing is written."""
+    block = aligned_empty(BLOCK_BYTES).numpy()
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return os.preadv(fd, [block.data], 0) > 0
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+
+
 def measure_disk(directory: Path, seconds: float = 0.5) -> DiskSpeed:
     """Write, then read, for about ``seconds`` each, in a temporary file of at most 256 MiB."""
     direct, note = probe_direct(directory)
-    with tempfile.TemporaryDirectory(prefix="speed-", dir=directory) as folder:
-        path = Path(folder) / "speed"
+    with temporary_folder(directory, PAGES) as folder:
+        path = folder / "layer-0000.kv"
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         file = PageFile(path, os.open(path, flags, 0o600), PageLayout(1, READ_BYTES), direct=direct)
         try:

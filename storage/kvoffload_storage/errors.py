@@ -16,7 +16,12 @@ class CapacityError(StorageError):
 
 
 class IntegrityError(StorageError):
-    """The bytes on disk are not the bytes that were written."""
+    """The bytes on disk are not the bytes that were written. ``layer`` and ``page`` say of which page, where it is one
+    page of a store."""
+
+    def __init__(self, message: str, *, layer: int | None = None, page: int | None = None) -> None:
+        super().__init__(message)
+        self.layer, self.page = layer, page
 
 
 class UnavailableError(StorageError):

@@ -1,22 +1,25 @@
-"""Pages in files: tier "nvme", direct I/O where the disk takes it, write-behind, checksums per page."""
+"""Pages in files: tier "nvme", direct I/O where the disk takes it, write-behind, checksums per slice."""
 
-from collections.abc import Sequence
+import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from .aligned import BLOCK_BYTES, aligned_empty, is_aligned
+from .aligned import aligned_empty
+from .bundle_format import new_name
 from .checks import check_page_read, check_pages, check_slice_read
 from .directory import StoreDirectory
-from .disk import probe_direct
-from .engines import PendingRead, ReadJob, build_engine
-from .errors import CapacityError, IntegrityError, StorageError, UnavailableError
-from .format import Header, PageLayout, checksum, layout_of
-from .kept import read_kept, write_kept
+from .disk import free_bytes, probe_direct
+from .engines import build_engine
+from .errors import CapacityError, StorageError, UnavailableError
+from .file_reads import FileTicket, PartRead, VerifyingTicket, all_slices, check_slices, jobs_of
+from .format import Header, PageLayout, layout_of
 from .page_file import PageFile
-from .plan import Int64Array, ReadPlan, plan_read
+from .plan import Int64Array, plan_read
+from .segments import Sealed, Segment
+from .space import SessionSpace
 from .store import Moved, Store, StoreShape, Ticket
 from .tickets import DoneTicket
 from .write_behind import WriteBehind, sync
@@ -27,11 +30,14 @@ VERIFY_BYTES = 8 << 20
 
 
 class FileStore(Store):
-    """One file per layer in a folder of its own, format as in FORMAT.md.
+    """One file per layer in a folder of its own, format as in FORMAT.md, behind the pages of ``begin``, which lie in
+    other folders and are only read.
 
-    ``directory`` None makes a temporary folder, otherwise a new one inside ``directory``; both are removed by
-    ``close``, when the store is dropped and at interpreter exit, unless ``keep`` declared them kept. ``direct`` and
-    ``direct_note`` say whether direct I/O is used, and why not. ``max_bytes`` bounds the page bytes allocated on disk.
+    The folder is new, inside ``directory`` (None: the system's for temporary files), and removed by ``close``, when the
+    store is dropped and at interpreter exit; a session keeps links to its files. ``direct`` and ``direct_note`` say
+    whether direct I/O is used, and why not. ``max_bytes`` bounds the page bytes allocated on disk by this store and the
+    sessions of ``space``, ``floor_bytes`` what stays free on the disk; sessions that may go are deleted before either
+    fails, ``evicted`` has their names. With ``verify`` every slice read is compared with its checksum.
     Memory: one open extent (``extent_bytes``) per layer, 64 MiB of extents in flight, scratch memory of the engine.
 
     Safety: one thread calls the store. Writer threads see only full extents (see ``WriteBehind``), reader threads only
@@ -49,61 +55,55 @@ class FileStore(Store):
         engine: str = "threads",
         capacity_pages: int = 0,
         max_bytes: int | None = None,
+        floor_bytes: int = 0,
+        space: SessionSpace | None = None,
         direct: Direct = "auto",
         n_threads: int = 8,
         extent_bytes: int = 1 << 20,
         pinned: bool = False,
+        verify: bool = False,
+        begin: Sealed | None = None,
     ) -> None:
         self.shape = shape
-        self._max_bytes = max_bytes
+        self._layout = layout_of(shape)
+        self._max_bytes, self._floor_bytes, self._space = max_bytes, floor_bytes, space
+        self.evicted: list[str] = []
+        self._verify = verify
+        self._closed = False
+        self._base = begin.segments if begin is not None else ()
+        self._checksums = (
+            [list(x) for x in begin.checksums] if begin is not None else [[] for _ in range(shape.n_layers)]
+        )
+        self._n_base = [len(layer) for layer in self._checksums]
+        self._files: list[PageFile] = []
         self._check_cap(capacity_pages * shape.n_layers)
         self._engine = build_engine(engine, n_threads=n_threads)
         try:
             self._folder = StoreDirectory(directory)
             self.direct, self.direct_note = _choose_direct(self._folder.path, direct)
+            self._check_floor(capacity_pages * shape.n_layers)
             headers = [Header(layer, shape) for layer in range(shape.n_layers)]
-            files = [
+            self._files = [
                 PageFile.create(self._folder.path, header, n_pages=capacity_pages, direct=self.direct)
                 for header in headers
             ]
         except StorageError:
             self._abandon()
             raise
-        self._start(files, extent_bytes, pinned, checksums=[[] for _ in files])
+        self._parts = [self._parts_of(layer) for layer in range(shape.n_layers)]
+        self._name = new_name("pages")
+        self._writes = WriteBehind(
+            self._files, extent_bytes=extent_bytes, max_in_flight_bytes=IN_FLIGHT_BYTES, pinned=pinned
+        )
 
-    @classmethod
-    def reopen(
-        cls,
-        directory: Path,
-        *,
-        engine: str = "threads",
-        max_bytes: int | None = None,
-        direct: Direct = "auto",
-        n_threads: int = 8,
-        extent_bytes: int = 1 << 20,
-        pinned: bool = False,
-    ) -> "FileStore":
-        """A kept store and its pages; ``close`` leaves the folder. IntegrityError when FORMAT.md is violated."""
-        manifest, checksums = read_kept(directory)
-        store = cls.__new__(cls)
-        store.shape = manifest.shape
-        store._max_bytes = max_bytes
-        store.direct, store.direct_note = _choose_direct(directory, direct)
-        files = [
-            PageFile.reopen(directory, Header(layer, manifest.shape), n_pages=n_pages, direct=store.direct)
-            for layer, n_pages in enumerate(manifest.n_pages)
-        ]
-        store._folder = StoreDirectory.of_kept(directory)
-        store._engine = build_engine(engine, n_threads=n_threads)
-        store._start(files, extent_bytes, pinned, checksums=checksums)
-        return store
-
-    def _start(self, files: list[PageFile], extent_bytes: int, pinned: bool, *, checksums: list[list[int]]) -> None:
-        self._files = files
-        self._checksums = checksums
-        self._layout = layout_of(self.shape)
-        self._closed = False
-        self._writes = WriteBehind(files, extent_bytes=extent_bytes, max_in_flight_bytes=IN_FLIGHT_BYTES, pinned=pinned)
+    def _parts_of(self, layer: int) -> list[tuple[int, PageFile]]:
+        """First page and file of every part of the layer, newest last."""
+        parts, first = [], 0
+        for segment in self._base:
+            if segment.n_pages[layer]:
+                parts.append((first, segment.files[layer]))
+            first += segment.n_pages[layer]
+        return [*parts, (first, self._files[layer])]
 
     @property
     def directory(self) -> Path:
@@ -112,7 +112,10 @@ class FileStore(Store):
 
     @property
     def note(self) -> str:
-        return "" if self.direct else f"{self._folder.path}: buffered reads and writes: {self.direct_note}"
+        notes = [] if self.direct else [f"{self._folder.path}: buffered reads and writes: {self.direct_note}"]
+        if self.evicted:
+            notes.append(f"deleted to make room, as they were not pinned: {', '.join(self.evicted)}")
+        return "; ".join(notes)
 
     @property
     def slice_cost_bytes(self) -> int:
@@ -120,7 +123,7 @@ class FileStore(Store):
 
     @property
     def allocated_bytes(self) -> int:
-        """Page bytes of all layers that the disk has set aside, headers not counted."""
+        """Page bytes of all layers that the disk has set aside for this store, headers not counted."""
         return sum(file.n_allocated for file in self._files) * self._layout.page_stride
 
     def n_pages(self, layer: int) -> int:
@@ -130,22 +133,31 @@ class FileStore(Store):
         check_pages(self.shape, pages)
         first = self.n_pages(layer)
         self._writes.raise_failure()
-        self._make_room(layer, first + len(pages))
+        self._make_room(layer, first + len(pages) - self._n_base[layer])
         while (n_taken := self.n_pages(layer) - first) < len(pages):
-            self._checksums[layer] += self._writes.take(layer, first + n_taken, pages[n_taken:])
+            own = first + n_taken - self._n_base[layer]
+            self._checksums[layer] += self._writes.take(layer, own, pages[n_taken:])
         return Moved(nvme=len(pages) * self._layout.page_stride)
 
     def read_slices(self, layer: int, page_ids: Tensor, slice_ids: Tensor, out: Tensor) -> Ticket:
         check_slice_read(self.shape, self.n_pages(layer), page_ids, slice_ids, out)
-        return self._read(layer, page_ids.numpy(), slice_ids.numpy(), out=out, layout=self._layout)
+        ids = page_ids.numpy(), slice_ids.numpy()
+        ticket = self._read(layer, *ids, out=out, layout=self._layout)
+        return self._checked(ticket, layer, *ids, out) if self._verify else ticket
+
+    def read_scattered(self, layer: int, page_ids: Tensor, slice_ids: Tensor, memory: Tensor, places: Tensor) -> Ticket:
+        ids = page_ids.numpy(), slice_ids.numpy()
+        ticket = self._read(layer, *ids, out=memory, layout=self._layout, places=places.numpy())
+        if not self._verify:
+            return ticket
+        return VerifyingTicket(ticket, lambda: self._check(layer, *ids, memory[places]))
 
     def read_pages(self, layer: int, first: int, out: Tensor) -> Ticket:
         check_page_read(self.shape, self.n_pages(layer), first, out)
         page_ids = np.arange(first, first + len(out), dtype=np.int64)
         whole = self._layout.whole_pages()
         ticket = self._read(layer, page_ids, np.zeros_like(page_ids), out=out.flatten(1), layout=whole)
-        expected = self._checksums[layer][first : first + len(out)]
-        return _VerifyingTicket(ticket, self._files[layer].path, first, out, expected)
+        return self._checked(ticket, layer, *all_slices(first, len(out), self.shape.n_slices), out.flatten(0, 1))
 
     def mapped(self, layer: int) -> Tensor | None:
         return None
@@ -154,7 +166,7 @@ class FileStore(Store):
         self._writes.flush()
 
     def verify(self) -> int:
-        """Read every page and compare its checksum; how many pages there were. IntegrityError names file and page."""
+        """Read every page and compare its checksums; how many pages there were. IntegrityError names layer and page."""
         step = max(1, VERIFY_BYTES // self._layout.page_stride)
         memory = aligned_empty(step * self.shape.page_bytes).view(step, self.shape.n_slices, self.shape.slice_bytes)
         for layer in range(self.shape.n_layers):
@@ -163,13 +175,14 @@ class FileStore(Store):
                 self.read_pages(layer, first, memory[:n]).wait()
         return sum(self.n_pages(layer) for layer in range(self.shape.n_layers))
 
-    def keep(self) -> Path:
-        """Flush, sync, write manifest and checksums; from now on ``close`` leaves the folder, which is returned."""
+    def seal(self) -> Sealed:
         self.flush()
         sync(self._files)
-        write_kept(self._folder.path, self.shape, self._checksums)
-        self._folder.keep()
-        return self._folder.path
+        own = tuple(self.n_pages(layer) - n for layer, n in enumerate(self._n_base))
+        for file, n_pages in zip(self._files, own, strict=True):
+            file.trim(n_pages)
+        mine = (Segment(self._name, tuple(self._files), own),) if any(own) else ()
+        return Sealed(self.shape, (*self._base, *mine), [list(layer) for layer in self._checksums])
 
     def close(self) -> None:
         if self._closed:
@@ -177,98 +190,118 @@ class FileStore(Store):
         self._closed = True
         self._engine.close()
         self._writes.close()
-        for file in self._files:
+        for _, file in [part for parts in self._parts for part in parts]:
             file.close()
         self._folder.remove()
 
-    def _read(
-        self, layer: int, page_ids: Int64Array, slice_ids: Int64Array, *, out: Tensor, layout: PageLayout
+    def _checked(
+        self, ticket: Ticket, layer: int, page_ids: Int64Array, slice_ids: Int64Array, slices: Tensor
     ) -> Ticket:
-        """Copy what is in memory now, start reading the rest; out uint8 [n, layout.slice_bytes]."""
+        return VerifyingTicket(ticket, lambda: self._check(layer, page_ids, slice_ids, slices))
+
+    def _check(self, layer: int, page_ids: Int64Array, slice_ids: Int64Array, slices: Tensor) -> None:
+        expected = self._checksums[layer]
+        check_slices(slices, page_ids, slice_ids, expected, directory=self.directory, layer=layer)
+
+    def _read(
+        self,
+        layer: int,
+        page_ids: Int64Array,
+        slice_ids: Int64Array,
+        *,
+        out: Tensor,
+        layout: PageLayout,
+        places: Int64Array | None = None,
+    ) -> Ticket:
+        """Copy what is in memory now, start reading the rest; slice i goes to row places[i] (None: i) of out uint8 [n,
+        layout.slice_bytes]."""
         self._writes.raise_failure()
+        where = np.arange(len(page_ids)) if places is None else places
         on_disk = np.ones(len(page_ids), dtype=bool)
-        n_copied = 0
-        for rows, extent in self._writes.memory_of(layer, page_ids):
+        n_base, n_copied = self._n_base[layer], 0
+        for rows, extent in self._writes.memory_of(layer, page_ids - n_base):
             source = extent.pages.numpy().reshape(-1, layout.n_slices, layout.slice_bytes)
-            out.numpy()[rows] = source[page_ids[rows] - extent.first, slice_ids[rows]]
+            out.numpy()[where[rows]] = source[page_ids[rows] - n_base - extent.first, slice_ids[rows]]
             on_disk[rows] = False
             n_copied += len(rows) * layout.slice_bytes
         if not on_disk.any():
             return DoneTicket(Moved(cpu=n_copied))
-        disk_rows = np.flatnonzero(on_disk)
-        plan = plan_read(page_ids[disk_rows], slice_ids[disk_rows], layout)
-        file = self._files[layer]
-        pending = self._engine.read(file, _jobs(plan, disk_rows, out, direct=self.direct))
-        return _FileTicket(pending, plan, disk_rows, out, Moved(cpu=n_copied, nvme=plan.n_bytes))
+        parts, left = [], np.flatnonzero(on_disk)
+        for first, file in reversed(self._parts[layer]):
+            inside = page_ids[left] >= first
+            here, left = left[inside], left[~inside]
+            if len(here):
+                plan = plan_read(page_ids[here] - first, slice_ids[here], layout)
+                pending = self._engine.read(file, jobs_of(plan, where[here], out, direct=file.direct))
+                parts.append(PartRead(pending, plan, where[here]))
+        return FileTicket(parts, out, Moved(cpu=n_copied))
 
     def _make_room(self, layer: int, n_pages: int) -> None:
-        """Grow the layer's file to ``n_pages`` or, where cap and disk allow, to twice what it has."""
+        """Grow the layer's own file to ``n_pages`` or, where cap and disk allow, to twice what it has."""
         file = self._files[layer]
         if n_pages <= file.n_allocated:
             return
         others = sum(other.n_allocated for other in self._files) - file.n_allocated
         self._check_cap(others + n_pages)
+        self._check_floor(n_pages - file.n_allocated)
         wanted = max(n_pages, 2 * file.n_allocated)
         if self._max_bytes is not None:
             wanted = max(n_pages, min(wanted, self._max_bytes // self._layout.page_stride - others))
+        if wanted > n_pages and self._free_bytes(wanted - file.n_allocated) < self._floor_bytes:
+            wanted = n_pages
         try:
             file.allocate(wanted)
         except CapacityError:
-            file.allocate(n_pages)
+            self._allocate_tightly(file, n_pages)
+
+    def _allocate_tightly(self, file: PageFile, n_pages: int) -> None:
+        while True:
+            try:
+                return file.allocate(n_pages)
+            except CapacityError:
+                if not self._evict():
+                    raise
 
     def _check_cap(self, n_pages: int) -> None:
         """``n_pages`` is what all layers together would have allocated."""
-        n_bytes = n_pages * layout_of(self.shape).page_stride
-        if self._max_bytes is not None and n_bytes > self._max_bytes:
+        if self._max_bytes is None:
+            return
+        n_bytes = n_pages * self._layout.page_stride
+        if n_bytes > self._max_bytes:  # deleting sessions would not help
             raise CapacityError(f"the store would take {n_bytes:,} bytes on disk, the cap is {self._max_bytes:,}")
+        while (n_all := n_bytes + self._session_bytes()) > self._max_bytes:
+            if not self._evict():
+                raise CapacityError(
+                    f"the store and the sessions beside it would take {n_all:,} bytes on disk, the cap is "
+                    f"{self._max_bytes:,}"
+                )
+
+    def _session_bytes(self) -> int:
+        own = {os.fstat(file.fd).st_ino for file in self._files}
+        return 0 if self._space is None else self._space.used_bytes(own)
+
+    def _evict(self) -> bool:
+        name = None if self._space is None else self._space.evict()
+        if name is not None:
+            self.evicted.append(name)
+        return name is not None
+
+    def _check_floor(self, n_more: int) -> None:
+        """Raise CapacityError if ``n_more`` pages would leave less than the floor free, and no room can be made."""
+        while n_more and (left := self._free_bytes(n_more)) < self._floor_bytes:
+            if not self._evict():
+                raise CapacityError(
+                    f"{self.directory}: {n_more * self._layout.page_stride:,} bytes more would leave {max(left, 0):,} "
+                    f"bytes free on the disk, the floor is {self._floor_bytes:,}"
+                )
+
+    def _free_bytes(self, n_more: int) -> int:
+        return free_bytes(self.directory) - n_more * self._layout.page_stride if self._floor_bytes else 0
 
     def _abandon(self) -> None:
         self._engine.close()
         if hasattr(self, "_folder"):
             self._folder.remove()
-
-
-class _FileTicket(Ticket):
-    """Disk reads under way; rows that repeat another row are copied when those have arrived."""
-
-    def __init__(self, pending: PendingRead, plan: ReadPlan, disk_rows: Int64Array, out: Tensor, moved: Moved) -> None:
-        self._pending, self._plan, self._disk_rows, self._out, self._moved = pending, plan, disk_rows, out, moved
-
-    def wait(self) -> Moved:
-        self._pending.result()
-        if self._plan.repeats:
-            rows = self._out.numpy()
-            rows[self._disk_rows[list(self._plan.repeats)]] = rows[self._disk_rows[list(self._plan.repeat_of)]]
-        return self._moved
-
-
-class _VerifyingTicket(Ticket):
-    """Whole pages under way, compared with their checksums once they are there."""
-
-    def __init__(self, inner: Ticket, path: Path, first: int, out: Tensor, expected: Sequence[int]) -> None:
-        self._inner, self._path, self._first, self._out, self._expected = inner, path, first, out, expected
-
-    def wait(self) -> Moved:
-        moved = self._inner.wait()
-        for i, page in enumerate(self._out.flatten(1).numpy()):
-            found = checksum(page.data)
-            if found != self._expected[i]:
-                raise IntegrityError(
-                    f"{self._path}: page {self._first + i} has checksum {found:016x}, expected {self._expected[i]:016x}"
-                )
-        return moved
-
-
-def _jobs(plan: ReadPlan, disk_rows: Int64Array, out: Tensor, *, direct: bool) -> list[ReadJob]:
-    """The plan's ranges with the rows of ``out`` that they fill."""
-    rows = [*out.numpy()]
-    where = disk_rows.tolist()
-    whole_blocks = out.shape[1] % BLOCK_BYTES == 0
-    in_place = whole_blocks and (is_aligned(out) or not direct)
-    return [
-        ReadJob(r.offset, r.n_bytes, tuple([rows[where[row]] for row in r.rows]), r.starts, in_place)
-        for r in plan.ranges
-    ]
 
 
 def _choose_direct(directory: Path, direct: Direct) -> tuple[bool, str]:

@@ -1,13 +1,13 @@
-"""The page-file format of FORMAT.md as pure functions: layout, header, checksum table, manifest. No I/O."""
+"""The page files of FORMAT.md as pure functions: layout, header, checksum table. No I/O."""
 
-import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from .aligned import BLOCK_BYTES, round_down, round_up
 from .errors import IntegrityError
@@ -16,17 +16,13 @@ from .store import StoreShape
 HEADER_BYTES = BLOCK_BYTES
 VERSION = 1
 MAGIC = b"KVOFFPGS"
-FORMAT_NAME = "kvoffload-pages"
-MANIFEST_NAME = "manifest.json"
-CHECKSUMS_NAME = "checksums.xxh3"
-MANIFEST_MAX_BYTES = 16 << 20
 MAX_LAYERS, MAX_SLICES, MAX_SLICE_BYTES, MAX_PAGES = 1 << 16, 1 << 20, 1 << 30, 1 << 40
 
 _FIELDS = struct.Struct("<8sIIIIQQ")
 _CHECKSUM = struct.Struct("<Q")
-_MANIFEST_KEYS = frozenset(
-    ("checksums", "checksums_xxh3_64", "format", "n_layers", "n_pages", "n_slices", "slice_bytes", "version")
-)
+
+Checksums = list[tuple[int, ...]]
+"""Of the pages of a layer: one xxh3_64 a slice."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +63,6 @@ class Header:
     shape: StoreShape
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a kept store holds: its shape, pages per layer, and xxh3_64 of the checksum table."""
-
-    shape: StoreShape
-    n_pages: tuple[int, ...]
-    table_checksum: int
-
-
 def layout_of(shape: StoreShape) -> PageLayout:
     """The file layout of one layer of that shape."""
     return PageLayout(shape.n_slices, shape.slice_bytes)
@@ -86,9 +73,14 @@ def layer_file_name(layer: int) -> str:
     return f"layer-{layer:04d}.kv"
 
 
-def checksum(page: bytes | memoryview) -> int:
+def checksum(data: bytes | memoryview) -> int:
     """xxh3_64 with seed 0 of contiguous bytes."""
-    return xxhash.xxh3_64_intdigest(page)
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def page_checksums(pages: NDArray[np.uint8]) -> Checksums:
+    """Of pages uint8 [n, n_slices, slice_bytes] whose slices are contiguous."""
+    return [tuple([checksum(piece.data) for piece in page]) for page in pages]
 
 
 def encode_header(header: Header) -> bytes:
@@ -121,71 +113,16 @@ def decode_header(block: bytes, *, name: str) -> Header:
     return Header(layer, shape)
 
 
-def encode_checksums(layers: Sequence[Sequence[int]]) -> bytes:
-    """The checksum table: 8 bytes per page, layer after layer."""
-    return np.concatenate([np.asarray(layer, dtype="<u8") for layer in layers]).tobytes()
+def encode_checksums(layers: Iterable[Checksums]) -> bytes:
+    """The checksum table: 8 bytes a slice, page after page, layer after layer."""
+    return b"".join(np.asarray(layer, dtype="<u8").tobytes() for layer in layers)
 
 
-def decode_checksums(table: bytes, manifest: Manifest, *, name: str) -> list[list[int]]:
-    """Per layer the checksums of its pages; IntegrityError when the table is not the manifest's."""
-    expected = 8 * sum(manifest.n_pages)
-    if len(table) != expected:
-        raise IntegrityError(f"{name}: {len(table)} bytes, expected {expected}")
-    if checksum(table) != manifest.table_checksum:
-        raise IntegrityError(f"{name}: checksum {checksum(table):016x}, expected {manifest.table_checksum:016x}")
-    ends = np.cumsum(manifest.n_pages)[:-1]
-    return [part.tolist() for part in np.split(np.frombuffer(table, dtype="<u8"), ends)]
-
-
-def encode_manifest(manifest: Manifest) -> bytes:
-    """The manifest as JSON with sorted keys and a final newline."""
-    shape = manifest.shape
-    fields = {
-        "format": FORMAT_NAME,
-        "version": VERSION,
-        "n_layers": shape.n_layers,
-        "n_slices": shape.n_slices,
-        "slice_bytes": shape.slice_bytes,
-        "n_pages": list(manifest.n_pages),
-        "checksums": CHECKSUMS_NAME,
-        "checksums_xxh3_64": f"{manifest.table_checksum:016x}",
-    }
-    return (json.dumps(fields, sort_keys=True) + "\n").encode()
-
-
-def decode_manifest(text: bytes, *, name: str) -> Manifest:
-    """What a manifest says; IntegrityError that names the file and the value when FORMAT.md forbids it."""
-    fields = _parse_object(text, name=name)
-    literals = {"format": FORMAT_NAME, "version": VERSION, "checksums": CHECKSUMS_NAME}
-    for key, expected in literals.items():
-        if type(fields[key]) is not type(expected) or fields[key] != expected:
-            raise IntegrityError(f"{name}: {key} is {_short(fields[key])}, expected {expected!r}")
-    shape = _checked_shape(fields["n_layers"], fields["n_slices"], fields["slice_bytes"], name=name)
-    n_pages = fields["n_pages"]
-    if not isinstance(n_pages, list) or len(n_pages) != shape.n_layers:
-        raise IntegrityError(f"{name}: n_pages is {_short(n_pages)}, expected a list of {shape.n_layers}")
-    counts = tuple(_checked_int(n, "n_pages", 0, MAX_PAGES, name=name) for n in n_pages)
-    return Manifest(shape, counts, _checked_hex(fields["checksums_xxh3_64"], name=name))
-
-
-def _parse_object(text: bytes, *, name: str) -> dict[str, Any]:
-    if len(text) > MANIFEST_MAX_BYTES:
-        raise IntegrityError(f"{name}: {len(text):,} bytes, at most {MANIFEST_MAX_BYTES:,} allowed")
-    try:
-        fields = json.loads(text.decode(), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{name}: not a JSON manifest: {_short(str(error))}") from error
-    if not isinstance(fields, dict) or fields.keys() != _MANIFEST_KEYS:
-        keys = sorted(fields) if isinstance(fields, dict) else fields
-        raise IntegrityError(f"{name}: keys {_short(keys)}, expected {sorted(_MANIFEST_KEYS)}")
-    return fields
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key appears twice")
-    return fields
+def decode_checksums(table: bytes, shape: StoreShape, n_pages: Sequence[int]) -> list[Checksums]:
+    """Per layer the checksums of its pages from a table whose length was compared with them."""
+    pages = np.frombuffer(table, dtype="<u8").reshape(-1, shape.n_slices)
+    parts = np.split(pages, np.cumsum(n_pages)[:-1])
+    return [[tuple(page) for page in part.tolist()] for part in parts]
 
 
 def _checked_shape(n_layers: Any, n_slices: Any, slice_bytes: Any, *, name: str) -> StoreShape:
@@ -200,12 +137,6 @@ def _checked_int(value: Any, key: str, low: int, high: int, *, name: str) -> int
     if type(value) is not int or not low <= value <= high:
         raise IntegrityError(f"{name}: {key} is {_short(value)}, expected an integer from {low} to {high}")
     return value
-
-
-def _checked_hex(value: Any, *, name: str) -> int:
-    if not isinstance(value, str) or len(value) != 16 or set(value) - set("0123456789abcdef"):
-        raise IntegrityError(f"{name}: checksums_xxh3_64 is {_short(value)}, expected 16 hex digits")
-    return int(value, 16)
 
 
 def _short(value: object) -> str:

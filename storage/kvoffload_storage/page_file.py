@@ -49,21 +49,29 @@ class PageFile:
 
     @classmethod
     def reopen(cls, directory: Path, header: Header, *, n_pages: int, direct: bool) -> "PageFile":
-        """A kept file; IntegrityError when it is missing, has another header or is too short for ``n_pages``."""
+        """A kept file, for reading; IntegrityError when it is missing, has another header or is too short for
+        ``n_pages``."""
         path = directory / layer_file_name(header.layer)
         try:
-            fd = os.open(path, _flags(direct) | os.O_NOFOLLOW)
+            fd = os.open(path, _flags(direct) & ~os.O_RDWR | os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise IntegrityError(f"{path}: {os.strerror(error.errno or 0)}") from error
         file = cls(path, fd, layout_of(header.shape), direct=direct)
         block = aligned_empty(HEADER_BYTES).numpy()
-        n_read = os.preadv(fd, [block.data], 0)
+        try:
+            n_read = os.preadv(fd, [block.data], 0)
+        except OSError as error:
+            raise storage_error(error, path, 0) from error
         found = decode_header(block[:n_read].tobytes(), name=str(path))
         if found != header:
             raise IntegrityError(f"{path}: header says {found}, expected {header}")
         if file.n_allocated < n_pages:
             raise IntegrityError(f"{path}: room for {file.n_allocated} pages, the manifest says {n_pages}")
         return file
+
+    def again(self) -> "PageFile":
+        """The same open file through a descriptor of its own."""
+        return PageFile(self.path, os.dup(self.fd), self.layout, direct=self.direct)
 
     def allocate(self, n_pages: int) -> None:
         """Make room for ``n_pages`` in all; CapacityError, and the file as it was, when the disk has none."""
@@ -78,6 +86,14 @@ class PageFile:
             raise storage_error(error, self.path, size - before) from error
         self.n_allocated = n_pages
 
+    def trim(self, n_pages: int) -> None:
+        """Give back what is allocated behind the first ``n_pages``, all of which are written."""
+        try:
+            os.ftruncate(self.fd, self.layout.page_offset(n_pages))
+        except OSError as error:
+            raise storage_error(error, self.path, 0) from error
+        self.n_allocated = n_pages
+
     def close(self) -> None:
         self._closer()
 
@@ -86,6 +102,8 @@ def write_all(fd: int, view: memoryview, offset: int) -> None:
     """``pwrite`` until every byte of ``view`` is written."""
     while view:
         n_written = os.pwrite(fd, view, offset)
+        if n_written == 0:
+            raise OSError(errno.EIO, "nothing was written")
         view, offset = view[n_written:], offset + n_written
 
 

@@ -6,8 +6,16 @@ page), a page the unit of a write. Stores know nothing of heads or attention.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from .aligned import aligned_empty
+
+if TYPE_CHECKING:
+    from .segments import Sealed
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,19 @@ class Moved:
 class Ticket(ABC):
     """A read under way."""
 
+    def done(self, timeout_s: float | None) -> bool:
+        """Whether ``wait`` would return at once, after waiting for it at most that long (None: as long as it takes). A
+        ticket that cannot know says so at once."""
+        return True
+
     @abstractmethod
     def wait(self) -> Moved:
         """Return when the caller's buffer is filled; raise what the read failed with. May be called once."""
+
+    def settle(self, timeout_s: float) -> "tuple[Moved, NDArray[np.bool_] | None]":
+        """In the place of ``wait``: which rows are filled after at most that long, bool [n] (None: all), and what was
+        moved for them. The others never will be. A store that cannot give a part waits for all."""
+        return self.wait(), None
 
 
 class Store(ABC):
@@ -82,6 +100,19 @@ class Store(ABC):
         contiguous, in host memory for the cpu and nvme tiers, and belongs to the store until ``Ticket.wait`` returns.
         """
 
+    def read_scattered(self, layer: int, page_ids: Tensor, slice_ids: Tensor, memory: Tensor, places: Tensor) -> Ticket:
+        """As ``read_slices``, but slice i goes into ``memory[places[i]]``; places are int64 [n] and distinct."""
+        out = aligned_empty(len(page_ids) * self.shape.slice_bytes).view(-1, self.shape.slice_bytes)
+        return _ScatterTicket(self.read_slices(layer, page_ids, slice_ids, out), out, memory, places)
+
+    def ahead(self, layer: int, page_ids: Tensor, slice_ids: Tensor) -> None:  # noqa: B027 - most have no such tier
+        """Slices that will probably be asked for: a store with a faster tier before it may begin to bring them there.
+        Ids as in ``read_slices``. Never raises what the disk did; the read that asks for them does."""
+
+    def moved_unasked(self, layer: int) -> Moved:
+        """What reads of this layer moved since the last call that no ticket told of: of ``ahead``, and late ones."""
+        return Moved()
+
     @abstractmethod
     def read_pages(self, layer: int, first: int, out: Tensor) -> Ticket:
         """Start reading ``len(out)`` whole pages from page ``first`` on; out is uint8 [n, n_slices, slice_bytes].
@@ -100,6 +131,24 @@ class Store(ABC):
     def flush(self) -> None:
         """Return when everything appended is where the tier keeps it."""
 
+    def seal(self) -> "Sealed | None":
+        """After a flush and a sync, files that hold every page appended so far for good, for a session to link to; None
+        where the tier has no files. Pages may be appended afterwards."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Give back memory, files and threads; temporary files are removed. A second call does nothing."""
+
+
+class _ScatterTicket(Ticket):
+    def __init__(self, inner: Ticket, out: Tensor, memory: Tensor, places: Tensor) -> None:
+        self._inner, self._out, self._memory, self._places = inner, out, memory, places
+
+    def done(self, timeout_s: float | None) -> bool:
+        return self._inner.done(timeout_s)
+
+    def wait(self) -> Moved:
+        moved = self._inner.wait()
+        self._memory[self._places] = self._out
+        return moved

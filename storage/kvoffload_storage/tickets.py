@@ -9,5 +9,8 @@ class DoneTicket(Ticket):
     def __init__(self, moved: Moved) -> None:
         self._moved = moved
 
+    def done(self, timeout_s: float | None) -> bool:
+        return True
+
     def wait(self) -> Moved:
         return self._moved

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from .segments import Sealed
 from .store import Moved, Store, Ticket
 
-Operation = Literal["append", "read_slices", "read_pages", "wait", "flush"]
+Operation = Literal["append", "read_slices", "read_pages", "wait", "flush", "seal"]
 
 
 class WrapperStore(Store):
@@ -38,6 +41,15 @@ class WrapperStore(Store):
     def read_slices(self, layer: int, page_ids: Tensor, slice_ids: Tensor, out: Tensor) -> Ticket:
         return self.inner.read_slices(layer, page_ids, slice_ids, out)
 
+    def read_scattered(self, layer: int, page_ids: Tensor, slice_ids: Tensor, memory: Tensor, places: Tensor) -> Ticket:
+        return self.inner.read_scattered(layer, page_ids, slice_ids, memory, places)
+
+    def ahead(self, layer: int, page_ids: Tensor, slice_ids: Tensor) -> None:
+        self.inner.ahead(layer, page_ids, slice_ids)
+
+    def moved_unasked(self, layer: int) -> Moved:
+        return self.inner.moved_unasked(layer)
+
     def read_pages(self, layer: int, first: int, out: Tensor) -> Ticket:
         return self.inner.read_pages(layer, first, out)
 
@@ -46,6 +58,9 @@ class WrapperStore(Store):
 
     def flush(self) -> None:
         self.inner.flush()
+
+    def seal(self) -> Sealed | None:
+        return self.inner.seal()
 
     def close(self) -> None:
         self.inner.close()
@@ -58,10 +73,18 @@ class _AfterTicket(Ticket):
         self._inner = inner
         self._after = after
 
+    def done(self, timeout_s: float | None) -> bool:
+        return self._inner.done(timeout_s)
+
     def wait(self) -> Moved:
         moved = self._inner.wait()
         self._after(moved)
         return moved
+
+    def settle(self, timeout_s: float) -> "tuple[Moved, NDArray[np.bool_] | None]":
+        moved, landed = self._inner.settle(timeout_s)
+        self._after(moved)
+        return moved, landed
 
 
 class TracingStore(WrapperStore):
@@ -97,6 +120,10 @@ class TracingStore(WrapperStore):
         self.pages_asked += len(out)
         return _AfterTicket(self.inner.read_pages(layer, first, out), self._count)
 
+    def read_scattered(self, layer: int, page_ids: Tensor, slice_ids: Tensor, memory: Tensor, places: Tensor) -> Ticket:
+        self.slices_asked += len(page_ids)
+        return _AfterTicket(self.inner.read_scattered(layer, page_ids, slice_ids, memory, places), self._count)
+
     def _count(self, moved: Moved) -> None:
         self.read += moved
 
@@ -111,12 +138,31 @@ class LatencyStore(WrapperStore):
     def read_slices(self, layer: int, page_ids: Tensor, slice_ids: Tensor, out: Tensor) -> Ticket:
         return self._late(self.inner.read_slices(layer, page_ids, slice_ids, out))
 
+    def read_scattered(self, layer: int, page_ids: Tensor, slice_ids: Tensor, memory: Tensor, places: Tensor) -> Ticket:
+        return self._late(self.inner.read_scattered(layer, page_ids, slice_ids, memory, places))
+
     def read_pages(self, layer: int, first: int, out: Tensor) -> Ticket:
         return self._late(self.inner.read_pages(layer, first, out))
 
     def _late(self, ticket: Ticket) -> Ticket:
-        ready = time.monotonic() + self.seconds
-        return _AfterTicket(ticket, lambda moved: time.sleep(max(0.0, ready - time.monotonic())))
+        return _LateTicket(ticket, time.monotonic() + self.seconds)
+
+
+class _LateTicket(Ticket):
+    def __init__(self, inner: Ticket, ready_s: float) -> None:
+        self._inner, self._ready_s = inner, ready_s
+
+    def done(self, timeout_s: float | None) -> bool:
+        left = max(0.0, self._ready_s - time.monotonic())
+        if timeout_s is not None and left > timeout_s:
+            time.sleep(timeout_s)
+            return False
+        time.sleep(left)
+        return self._inner.done(None if timeout_s is None else timeout_s - left)
+
+    def wait(self) -> Moved:
+        time.sleep(max(0.0, self._ready_s - time.monotonic()))
+        return self._inner.wait()
 
 
 @dataclass(frozen=True)
@@ -164,9 +210,18 @@ class FaultyStore(WrapperStore):
         ticket = self.inner.read_pages(layer, first, out)
         return _AfterTicket(ticket, lambda moved: self._damage(out))
 
+    def read_scattered(self, layer: int, page_ids: Tensor, slice_ids: Tensor, memory: Tensor, places: Tensor) -> Ticket:
+        self._enter("read_slices")
+        ticket = self.inner.read_scattered(layer, page_ids, slice_ids, memory, places)
+        return _AfterTicket(ticket, lambda moved: self._damage(memory[places[0]] if len(places) else places))
+
     def flush(self) -> None:
         self._enter("flush")
         self.inner.flush()
+
+    def seal(self) -> Sealed | None:
+        self._enter("seal")
+        return self.inner.seal()
 
     def _damage(self, out: Tensor) -> None:
         fault = self._enter("wait")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .aligned import aligned_empty
 from .errors import StorageError
-from .format import checksum
+from .format import Checksums, page_checksums
 from .page_file import PageFile, storage_error, write_all
 
 N_WRITERS = 2
@@ -39,13 +39,12 @@ class Extent:
     def n_free(self) -> int:
         return len(self.memory) - self.n_pages
 
-    def take(self, pages: Tensor) -> list[int]:
+    def take(self, pages: Tensor) -> Checksums:
         """Copy ``pages``, uint8 [n <= n_free, n_slices, slice_bytes], behind those already here; their checksums."""
         first = self.n_pages
         self.n_pages += len(pages)
         self.pages[first:].copy_(pages)
-        taken = self.memory[first : self.n_pages, : self.file.layout.page_bytes].numpy()
-        return [checksum(page.data) for page in taken]
+        return page_checksums(self.pages[first:].numpy())
 
     def write_out(self) -> None:
         """Write every page to its place in the file; runs on a writer thread."""
@@ -79,7 +78,7 @@ class WriteBehind:
         self._idle: list[Tensor] = []
         self._writers = ThreadPoolExecutor(N_WRITERS, thread_name_prefix="kvoffload-write")
 
-    def take(self, layer: int, first: int, pages: Tensor) -> list[int]:
+    def take(self, layer: int, first: int, pages: Tensor) -> Checksums:
         """Take as many ``pages`` as one extent has room for, at least one; the checksums of those taken.
 
         They become pages ``first`` and following of the layer, whose file must have room. Raises, and takes none,

@@ -77,8 +77,8 @@ def random_selection(n, generator):
 def take(arrivals):
     """(row, page) -> bytes of everything that arrives."""
     found = {}
-    for part, arrive in arrivals:
-        data = arrive()
+    for arrive in arrivals:
+        part, data = arrive()
         assert len(data) == len(part)
         for i, pair in enumerate(zip(part.row_ids.tolist(), part.page_ids.tolist(), strict=True)):
             assert pair not in found

@@ -197,7 +197,7 @@ def test_a_flipped_byte_is_found_and_named() -> None:
     store.flush()
     assert store.verify() == 6
     flip_byte(store.directory / "layer-0001.kv", 4096 + 4 * STRIDE + 17)
-    with pytest.raises(IntegrityError, match=r"layer-0001\.kv: page 4 has checksum"):
+    with pytest.raises(IntegrityError, match=r"layer 1, page 4, slice 0 has checksum"):
         store.verify()
     assert store.read_pages(1, 0, torch.empty(4, 2, 4096, dtype=torch.uint8)).wait() == Moved(nvme=4 * STRIDE)
     store.close()

@@ -1,5 +1,6 @@
 """The contract of a read engine, and the jobs that it is given."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..aligned import aligned_empty, round_up
+from ..aligned import aligned_empty, round_down, round_up
 from ..errors import IntegrityError
 from ..page_file import PageFile, storage_error
 
@@ -61,12 +62,40 @@ class ReadJob:
             target[:] = scratch[start : start + len(target)]
 
 
+def read_fully(fd: int, buffers: list[memoryview], offset: int) -> int:
+    """``preadv`` until the buffers are full or the file ends; bytes read. A short read goes on at the last whole block,
+    as direct I/O needs it."""
+    n_wanted = sum(len(buffer) for buffer in buffers)
+    n_read = os.preadv(fd, buffers, offset)
+    while 0 < n_read < n_wanted:
+        done = round_down(n_read)
+        n_more = os.preadv(fd, _behind(buffers, done), offset + done)
+        if done + n_more <= n_read:
+            return n_read
+        n_read = done + n_more
+    return n_read
+
+
+def _behind(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
+    """The buffers without their first ``n_bytes``."""
+    rest = []
+    for buffer in buffers:
+        if n_bytes < len(buffer):
+            rest.append(buffer[n_bytes:])
+        n_bytes = max(n_bytes - len(buffer), 0)
+    return rest
+
+
 class PendingRead:
     """A batch under way; one or a few futures for all its jobs."""
 
     def __init__(self, file: PageFile, futures: Sequence[Future[None]]) -> None:
         self._file = file
         self._futures = futures
+
+    def done(self, timeout_s: float | None) -> bool:
+        """Whether all jobs are over, waiting for it at most that long (None: as long as it takes)."""
+        return not wait_futures(self._futures, timeout_s).not_done
 
     def result(self) -> None:
         """Return when no worker touches the targets any more; then raise what the first failed job failed with."""

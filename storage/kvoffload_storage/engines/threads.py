@@ -1,13 +1,12 @@
 """The default engine: positioned vector reads on a fixed set of threads, each draining a share of the batch."""
 
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..page_file import PageFile
-from .base import Engine, PendingRead, ReadJob, Scratch
+from .base import Engine, PendingRead, ReadJob, Scratch, read_fully
 
 
 class ThreadsEngine(Engine):
@@ -40,7 +39,7 @@ class ThreadsEngine(Engine):
             except IndexError:
                 return
             buffers = job.buffers(scratch)
-            job.finish(buffers, os.preadv(file.fd, buffers, job.offset), file)
+            job.finish(buffers, read_fully(file.fd, buffers, job.offset), file)
 
     def _scratch(self) -> Scratch:
         if not hasattr(self._local, "scratch"):

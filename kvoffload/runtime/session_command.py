@@ -1,0 +1,196 @@
+"""What ``kvoffload session`` does, from paths to an exit code. No model is loaded."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from kvoffload_storage.archive import export_bundle, import_bundle
+from kvoffload_storage.bundle import (
+    disk_bytes,
+    lock_bundle,
+    open_bundle,
+    read_manifest,
+    remove_bundle,
+    replace_manifest,
+    save_bundle,
+)
+from kvoffload_storage.bundle_check import damaged_pages
+from kvoffload_storage.bundle_format import Manifest
+from kvoffload_storage.errors import IntegrityError, UnavailableError
+from kvoffload_storage.locks import sweep
+from kvoffload_storage.rewrite import rewrite_bundle
+
+from kvoffload.errors import UsageError
+from kvoffload.runtime.session_file import changed_versions, describe
+from kvoffload.runtime.terminal import write_json, write_table
+from kvoffload.units import format_size
+
+
+def run_ls(folder: Path, out: TextIO, *, as_json: bool) -> int:
+    """The sessions in a folder, and what killed processes left there is removed."""
+    with _told():
+        if not folder.is_dir():
+            raise UsageError(f"{str(folder)!r} is not a folder")
+        sweep(folder)
+        found = [_summary(path) for path in sorted(folder.glob("*.kvo"))]
+    if as_json:
+        write_json(out, {"sessions": found})
+        return 0
+    columns = ("name", "model", "tokens", "size", "saved", "pinned", "state")
+    write_table(out, str(folder), columns, [tuple(_plain(row[name]) for name in columns) for row in found])
+    return 0
+
+
+def run_inspect(path: Path, out: TextIO, *, as_json: bool) -> int:
+    """What a session is of; its pages are not read."""
+    with _told():
+        manifest = read_manifest(path)
+        found = _inspection(path, manifest)
+    if as_json:
+        write_json(out, found)
+        return 0
+    write_table(out, str(path), ("what", "value"), [(name, _plain(value)) for name, value in found.items()])
+    return 0
+
+
+def run_verify(paths: Sequence[Path], out: TextIO, *, as_json: bool) -> int:
+    """Read everything in the sessions; raises IntegrityError at the end if anything is damaged."""
+    reports, first = [], None
+    for path in paths:
+        with _told():
+            n_pages, damage = _verify(path)
+        reports.append({"session": str(path), "pages": n_pages, "damaged": [str(error) for error in damage]})
+        first = first or next(iter(damage), None)
+        if not as_json:
+            out.write(f"{path}: {n_pages:,} pages, {len(damage) or 'none'} damaged\n")
+    if as_json:
+        write_json(out, {"sessions": reports})
+    if first is not None:
+        raise first
+    return 0
+
+
+def run_rm(paths: Sequence[Path], out: TextIO) -> int:
+    return _each(paths, remove_bundle, "removed", out)
+
+
+def run_upgrade(paths: Sequence[Path], out: TextIO) -> int:
+    """Write sessions anew in the present format and in one piece."""
+    return _each(paths, rewrite_bundle, "rewritten as format version 1", out)
+
+
+def run_pin(paths: Sequence[Path], out: TextIO, *, pinned: bool) -> int:
+    """Say whether sessions may be deleted to make room."""
+
+    def pin(path: Path) -> None:
+        lock = lock_bundle(path)
+        replace_manifest(path, read_manifest(path).model_copy(update={"pinned": pinned}))
+        lock.release()
+
+    return _each(paths, pin, "pinned" if pinned else "not pinned: it may be deleted to make room", out)
+
+
+def run_fork(path: Path, target: Path, out: TextIO) -> int:
+    """A second session with the same past; it shares the page files."""
+    with _told():
+        if target.exists():
+            raise UsageError(f"{str(target)!r} exists already")
+        bundle = open_bundle(path)
+        save_bundle(target, bundle.stores, bundle.state, bundle.manifest.session)[1].release()
+        bundle.close()
+    out.write(f"{target}: shares its pages with {path}\n")
+    return 0
+
+
+def run_export(path: Path, target: Path, out: TextIO) -> int:
+    with _told():
+        if target.exists():
+            raise UsageError(f"{str(target)!r} exists already")
+        out.write(f"{target}: {format_size(export_bundle(path, target))}\n")
+    return 0
+
+
+def run_import(archive: Path, path: Path, out: TextIO) -> int:
+    with _told():
+        manifest = import_bundle(archive, path)
+    out.write(f"{path}: {manifest.session.get('n_tokens', 0):,} tokens\n")
+    return 0
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A session that is not there or is in use is the user's business."""
+    try:
+        yield
+    except UnavailableError as error:
+        raise UsageError(str(error)) from error
+
+
+def _each(paths: Sequence[Path], act: Callable[[Path], object], done: str, out: TextIO) -> int:
+    for path in paths:
+        with _told():
+            act(path)
+        out.write(f"{path}: {done}\n")
+    return 0
+
+
+def _verify(path: Path) -> tuple[int, list[IntegrityError]]:
+    try:
+        bundle = open_bundle(path)
+    except IntegrityError as error:
+        return 0, [error]
+    try:
+        describe(bundle.manifest.session, path)
+        return sum(sum(store.n_pages) for store in bundle.manifest.stores), list(damaged_pages(bundle))
+    except IntegrityError as error:
+        return 0, [error]
+    finally:
+        bundle.close()
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    row = {"name": path.name, "model": "", "tokens": 0, "size": disk_bytes(path), "saved": "", "pinned": True}
+    try:
+        manifest = read_manifest(path)
+        description = describe(manifest.session, path)
+    except (IntegrityError, UnavailableError) as error:
+        return {**row, "state": f"damaged: {error}"}
+    state = "prefill not finished" if description.unfinished else "complete"
+    return {
+        **row,
+        "model": description.model,
+        "tokens": description.n_tokens,
+        "saved": _when(manifest),
+        "pinned": manifest.pinned,
+        "state": state,
+    }
+
+
+def _inspection(path: Path, manifest: Manifest) -> dict[str, Any]:
+    said = describe(manifest.session, path)
+    return {
+        "model": said.model,
+        "tokens": said.n_tokens,
+        "tokens_in_kv": said.n_in_kv,
+        "unfinished": said.unfinished,
+        **{f"fingerprint.{name}": value for name, value in said.fingerprint.model_dump().items()},
+        **{f"version.{name}": value for name, value in said.versions.items()},
+        "policy": said.policy,
+        "saved": _when(manifest),
+        "pinned": manifest.pinned,
+        "pages": sum(sum(store.n_pages) for store in manifest.stores),
+        "page_bytes": manifest.page_bytes,
+        "size": disk_bytes(path),
+        "segments": sum(len(store.segments) for store in manifest.stores),
+        "note": changed_versions(said.versions),
+    }
+
+
+def _when(manifest: Manifest) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.saved_at))
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,144 @@
+"""What a session file says beside its pages, and whether it fits a model and a configuration."""
+
+import json
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from kvoffload_storage.errors import IntegrityError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kvoffload.config import RuntimeConfig
+from kvoffload.errors import UsageError
+from kvoffload.models.cache_state import LayerState
+
+LAYOUT = "page,row,kv,token,channel"  # of the bytes of a page
+
+
+class _Described(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Fingerprint(_Described):
+    """Everything that changes the bytes of a page, or where a token lies."""
+
+    weights: str
+    dtype: str
+    rotary: str
+    layout: str = LAYOUT
+    page_size: int
+    sinks: int
+    recent: int
+
+
+class Description(_Described):
+    """A session without its pages and tensors."""
+
+    model: str
+    fingerprint: Fingerprint
+    versions: dict[str, str]
+    policy: str
+    n_tokens: int
+    n_in_kv: int
+    prompt_tokens: int
+    unfinished: bool
+    prompt_start: int
+    sampling: dict[str, Any] | None
+    layers: list[LayerState]
+
+
+def fingerprint_of(weights: str, model_config: Any, dtype: torch.dtype, config: RuntimeConfig) -> Fingerprint:
+    """Of a model, by its weights' hash, under a configuration."""
+    text = model_config.get_text_config(decoder=True)
+    rotary = {name: getattr(text, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta")}
+    found = {name: value for name, value in sorted(rotary.items()) if value is not None}
+    return Fingerprint(
+        weights=weights,
+        dtype=str(dtype).removeprefix("torch."),
+        rotary=json.dumps(found, sort_keys=True, default=str),
+        page_size=config.page_size,
+        sinks=config.sinks,
+        recent=config.recent,
+    )
+
+
+def policy_of(config: RuntimeConfig) -> str:
+    """What makes summaries and the gate's choice: other text, other summaries."""
+    return config.model_dump_json(include={"selector", "completion", "gate", "gate_queries", "gate_margin", "budget"})
+
+
+def versions() -> dict[str, str]:
+    """Of what computes, for a warning when it changes."""
+    names = ("kvoffload", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def check_fingerprint(path: object, saved: Fingerprint, here: Fingerprint) -> None:
+    """Raises UsageError that names every difference."""
+    ours = here.model_dump()
+    different = [
+        f"{name} {value!r} (here {ours[name]!r})" for name, value in saved.model_dump().items() if value != ours[name]
+    ]
+    if different:
+        raise UsageError(f"session {str(path)!r} was made with other {', '.join(different)}")
+
+
+def changed_versions(saved: dict[str, str]) -> str:
+    """What a user should be told about library versions; empty when they are the same."""
+    here = versions()
+    changed = [f"{name} {saved.get(name)} (here {now})" for name, now in here.items() if saved.get(name) != now]
+    return f"the session was made with {', '.join(changed)}; results may differ in rounding" if changed else ""
+
+
+def describe(data: dict[str, Any], name: object) -> Description:
+    """The description in a manifest; IntegrityError when it is none of ours."""
+    try:
+        return Description.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise IntegrityError(f"{name}: session.{where}: {str(first['input'])[:120]!r}: {first['msg']}") from error
+
+
+def encode_state(tensors: dict[str, Tensor]) -> bytes:
+    """As safetensors."""
+    return save(tensors)
+
+
+def decode_state(data: bytes, description: Description, name: object) -> dict[str, Tensor]:
+    """The tensors of a state file; IntegrityError when they are not those of the description."""
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{name}: not a state file: {error}") from error
+    ids = tensors.get("token_ids")
+    if ids is None or ids.dtype != torch.int64 or ids.shape != (description.n_tokens,):
+        raise IntegrityError(f"{name}: token_ids is not int64 [{description.n_tokens}]")
+    for i, layer in enumerate(description.layers):
+        _check_layer(i, layer, description, tensors, name)
+    return tensors
+
+
+def _check_layer(i: int, layer: LayerState, whole: Description, tensors: dict[str, Tensor], name: object) -> None:
+    if not layer.offloaded:
+        return
+    print_ = whole.fingerprint
+    places = print_.sinks + -(-print_.recent // print_.page_size) * print_.page_size + print_.page_size
+    rows = layer.n_kv_heads
+    if not 0 <= layer.n_window <= min(places - print_.sinks, layer.n_tokens) or layer.n_tokens != whole.n_in_kv:
+        raise IntegrityError(f"{name}: layer {i} has {layer.n_tokens} tokens, {layer.n_window} of them in its window")
+    wanted = {
+        f"{i}.keys": (rows, places, layer.key_dim),
+        f"{i}.values": (rows, places, layer.value_dim),
+    }
+    for key, shape in wanted.items():
+        found = tensors.get(key)
+        if found is None or tuple(found.shape) != shape or str(found.dtype) != f"torch.{print_.dtype}":
+            raise IntegrityError(f"{name}: {key} is not {print_.dtype} {list(shape)}")
+    tail = tensors.get(f"{i}.tail")
+    if tail is None or tail.dim() != 4 or tail.shape[:2] != (rows, layer.group_size) or tail.shape[3] != layer.key_dim:
+        raise IntegrityError(f"{name}: {i}.tail is not [{rows}, {layer.group_size}, n, {layer.key_dim}]")

@@ -1,0 +1,91 @@
+"""Reads of a file store under way, and the checks of what they bring."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from .aligned import BLOCK_BYTES, is_aligned
+from .engines import PendingRead, ReadJob
+from .errors import IntegrityError
+from .format import Checksums, checksum
+from .plan import Int64Array, ReadPlan
+from .store import Moved, Ticket
+
+
+@dataclass(frozen=True)
+class PartRead:
+    """The reads of one file: rows ``rows`` of the caller's buffer follow from the plan's rows."""
+
+    pending: PendingRead
+    plan: ReadPlan
+    rows: Int64Array
+
+
+class FileTicket(Ticket):
+    """Disk reads under way; rows that repeat another row are copied when those have arrived."""
+
+    def __init__(self, parts: Sequence[PartRead], out: Tensor, copied: Moved) -> None:
+        self._parts, self._out = parts, out
+        self._moved = copied + Moved(nvme=sum(part.plan.n_bytes for part in parts))
+
+    def done(self, timeout_s: float | None) -> bool:
+        return all(part.pending.done(timeout_s) for part in self._parts)
+
+    def wait(self) -> Moved:
+        for part in self._parts:  # all of them before any failure is raised: nobody may write into ``out`` after that
+            part.pending.done(None)
+        for part in self._parts:
+            part.pending.result()
+            if part.plan.repeats:
+                rows = self._out.numpy()
+                rows[part.rows[list(part.plan.repeats)]] = rows[part.rows[list(part.plan.repeat_of)]]
+        return self._moved
+
+
+class VerifyingTicket(Ticket):
+    """Calls ``check`` when the bytes are there; it raises IntegrityError."""
+
+    def __init__(self, inner: Ticket, check: Callable[[], None]) -> None:
+        self._inner, self._check = inner, check
+
+    def done(self, timeout_s: float | None) -> bool:
+        return self._inner.done(timeout_s)
+
+    def wait(self) -> Moved:
+        moved = self._inner.wait()
+        self._check()
+        return moved
+
+
+def check_slices(
+    found: Tensor, page_ids: Int64Array, slice_ids: Int64Array, expected: Checksums, *, directory: Path, layer: int
+) -> None:
+    """Raise IntegrityError for the first of the slices uint8 [n, slice_bytes] that is not what was written."""
+    rows = found.numpy()
+    for row, page, piece in zip(rows, page_ids.tolist(), slice_ids.tolist(), strict=True):
+        if (given := checksum(row.data)) != expected[page][piece]:
+            raise IntegrityError(
+                f"{directory}: layer {layer}, page {page}, slice {piece} has checksum {given:016x}, expected "
+                f"{expected[page][piece]:016x}", layer=layer, page=page,
+            )  # fmt: skip
+
+
+def jobs_of(plan: ReadPlan, disk_rows: Int64Array, out: Tensor, *, direct: bool) -> list[ReadJob]:
+    """The plan's ranges with the rows of ``out`` that they fill."""
+    rows = [*out.numpy()]
+    where = disk_rows.tolist()
+    whole_blocks = out.shape[1] % BLOCK_BYTES == 0
+    in_place = whole_blocks and (is_aligned(out) or not direct)
+    return [
+        ReadJob(r.offset, r.n_bytes, tuple([rows[where[row]] for row in r.rows]), r.starts, in_place)
+        for r in plan.ranges
+    ]
+
+
+def all_slices(first: int, n_pages: int, n_slices: int) -> tuple[Int64Array, Int64Array]:
+    """Page and slice ids of a run of whole pages, in order."""
+    pages = np.arange(first, first + n_pages, dtype=np.int64)
+    return np.repeat(pages, n_slices), np.tile(np.arange(n_slices, dtype=np.int64), n_pages)

@@ -1,0 +1,96 @@
+"""Temporary folders that belong to a living process, told by a lock on the folder itself; others are swept away."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .bundle_format import is_known
+from .errors import UnavailableError
+
+PAGES, NEW, REMOVED = "kvoffload-pages-", "kvoffload-new-", "kvoffload-rm-"
+
+
+class FolderLock:
+    """An exclusive ``flock`` on a folder, held until ``release``, until the object is dropped, or until the process
+    ends in whatever way. Several in one process exclude each other too."""
+
+    def __init__(self, fd: int) -> None:
+        self._release = weakref.finalize(self, os.close, fd)
+        self.fd = fd
+
+    @classmethod
+    def take(cls, folder: Path) -> "FolderLock | None":
+        """The lock, or None when another owner has it or the folder is not what ``folder`` leads to any more. OSError
+        when it cannot be opened or locked at all."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = cls(fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.lstat(folder)):
+                return lock
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        lock.release()
+        return None
+
+    def release(self) -> None:
+        self._release()
+
+
+def make_locked(parent: Path, prefix: str) -> tuple[Path, FolderLock]:
+    """A new folder, mode 0700, whose name begins with ``prefix``, and the lock on it; OSError when it cannot be made.
+    On a file system without locks it is not locked, and cannot be swept either."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        try:
+            lock = FolderLock.take(path)
+        except FileNotFoundError:  # a sweeper came between
+            continue
+        except OSError:
+            lock = FolderLock(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        if lock is not None:
+            return path, lock
+
+
+def sweep(parent: Path) -> list[str]:
+    """Remove the temporary folders of processes that are gone; their names. A folder that cannot be read or locked is
+    left alone, and so is one that holds anything that is not ours."""
+    removed = []
+    for name in _temporary(parent):
+        path = parent / name
+        try:
+            lock = FolderLock.take(path)
+            if lock is None:
+                continue
+            if os.fstat(lock.fd).st_uid == os.getuid() and all(
+                is_known(entry) or entry.endswith(".kvo") for entry in os.listdir(lock.fd)
+            ):
+                shutil.rmtree(path)
+                removed.append(name)
+            lock.release()
+        except OSError:  # another sweeper was faster, or the file system has no locks: nothing of ours is lost
+            continue
+    return removed
+
+
+def _temporary(parent: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(parent) if name.startswith((PAGES, NEW, REMOVED))]
+    except OSError as error:
+        raise UnavailableError(f"{parent}: {error.strerror}") from error
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A locked folder that is gone after the block, unless it was renamed in it."""
+    path, lock = make_locked(parent, prefix)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        lock.release()

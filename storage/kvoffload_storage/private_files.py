@@ -1,0 +1,69 @@
+"""Small files that are written once, read whole and never followed through a link."""
+
+import os
+from pathlib import Path
+
+from .errors import IntegrityError
+from .format import checksum
+from .page_file import storage_error, write_all
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """A new file, mode 0600, on the disk when this returns; nothing is left of it when it fails."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise storage_error(error, path, len(data)) from error
+    try:
+        write_all(fd, memoryview(data), 0)
+        os.fsync(fd)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise storage_error(error, path, len(data)) from error
+    finally:
+        os.close(fd)
+
+
+def read_private(path: Path, max_bytes: int) -> bytes:
+    """The whole file; FileNotFoundError if there is none in such a folder, IntegrityError if it is longer, a link, or
+    cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}") from error
+    try:
+        size = os.fstat(fd).st_size
+        if size > max_bytes:
+            raise IntegrityError(f"{path}: {size:,} bytes, expected at most {max_bytes:,}")
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read(max_bytes)
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def read_checked(path: Path, n_bytes: int, xxh3_64: str) -> bytes:
+    """The whole file; IntegrityError if it is not the one that was written."""
+    data = read_private(path, n_bytes)
+    if len(data) != n_bytes:
+        raise IntegrityError(f"{path}: {len(data):,} bytes, expected {n_bytes:,}")
+    if (found := f"{checksum(data):016x}") != xxh3_64:
+        raise IntegrityError(f"{path}: checksum {found}, expected {xxh3_64}")
+    return data
+
+
+def sync_folder(path: Path) -> None:
+    """Return when the disk has the folder's entries."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise storage_error(error, path, 0) from error

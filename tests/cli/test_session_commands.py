@@ -1,0 +1,170 @@
+"""``--session`` and ``kvoffload session``, run as a user runs them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvoffload import cli
+from kvoffload.runtime import command
+
+TINY = ["generate", "--model", "tiny", "--offload", "nvme", "--page-size", "4", "--recent", "8", "--json", "--quiet"]
+LONG = "a book of pages " * 12
+
+
+class Ran:
+    """What a command line gave."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: object) -> Ran:
+        code = cli.run([str(argument) for argument in arguments])
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def session(run: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "a.kvo"
+    assert run(*TINY, "--session", path, "-p", LONG, "--max-new-tokens", 5).code == 0
+    return path
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(command, "load_model", load)
+
+
+def damage(path: Path) -> None:
+    file = next(path.glob("pages-*/layer-0001.kv"))
+    data = bytearray(file.read_bytes())
+    data[4096] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_session_is_made_then_gone_on_with(run: Any, session: Path) -> None:
+    n_first = len(LONG)
+    again = run(*TINY, "--session", session, "-p", "and then", "--max-new-tokens", 5)
+    assert (again.code, again.err) == (0, "")
+    assert again.json["restored_tokens"] == n_first + 4
+    assert again.json["computed_tokens"] == 1 + len("and then") + 4
+    assert run("session", "inspect", session, "--json").json["tokens"] == n_first + 5 + len("and then") + 5
+
+
+def test_asking_nothing_goes_on_with_the_answer(run: Any, session: Path) -> None:
+    whole = run(*TINY, "-p", LONG, "--max-new-tokens", 10)
+    more = run(*TINY, "--session", session, "--max-new-tokens", 5)
+    assert more.json["prompt_tokens"] == len(LONG)
+    assert whole.json["text"].endswith(more.json["text"])
+
+
+def test_a_readonly_session_is_left_as_it_is(run: Any, session: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in session.rglob("*")}
+    answers = {run(*TINY, "--session", session, "--session-readonly", "-p", "why?").json["text"] for _ in range(2)}
+    assert len(answers) == 1
+    assert {path: path.stat().st_mtime_ns for path in session.rglob("*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.kvo"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--session", "{dir}/a.bin", "-p", "x"], "does not end in .kvo"),
+        (["--session", "{dir}/none.kvo", "--session-readonly", "-p", "x"], "is not there"),
+        (["--session", "{dir}/none.kvo"], "the prompt is empty"),
+        (["--session", "{dir}/no/where.kvo", "-p", "x"], "is not a folder"),
+        (["--session-readonly", "-p", "x"], "session_readonly: give the session"),
+        (["--session", "{dir}/a.kvo", "-p", "x", "--page-size", "8"], "page_size 4 (here 8)"),
+        (["--session", "{dir}/a.kvo", "-p", "x", "--dtype", "bfloat16"], "dtype 'float32' (here 'bfloat16')"),
+        (["--session", "{dir}/a.kvo", "-p", "x", "--nvme-floor", "much"], "nvme_floor"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line_before_weights_load(
+    run: Any, tmp_path: Path, arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "a.kvo" in " ".join(arguments):
+        assert run(*TINY, "--session", tmp_path / "a.kvo", "-p", LONG, "--max-new-tokens", 2).code == 0
+    monkeypatch.setattr(command, "load_model", None)
+    ran = run(*TINY, *[argument.replace("{dir}", str(tmp_path)) for argument in arguments])
+    assert ran.code == 2
+    assert complaint in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_a_damaged_page_ends_with_exit_code_4(run: Any, session: Path) -> None:
+    damage(session)
+    verified = run("session", "verify", session)
+    assert (verified.code, verified.err.count("\n")) == (4, 1)
+    assert "layer 1, page 0, slice 0" in verified.err
+    assert "1 damaged" in verified.out
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_damaged_manifest_ends_with_exit_code_4(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.kvo"
+    path.mkdir()
+    (path / "manifest.json").write_text("{}")
+    ran = run(*TINY, "--session", path, "-p", "x")
+    assert (ran.code, ran.err.count("\n")) == (4, 1)
+    assert "manifest.json: checksum" in ran.err
+
+
+def test_export_import_fork_and_upgrade_keep_what_is_said(run: Any, session: Path, tmp_path: Path) -> None:
+    assert run(*TINY, "--session", session, "-p", "more", "--max-new-tokens", 2).code == 0
+    tar, copy, fork = tmp_path / "x.tar", tmp_path / "b.kvo", tmp_path / "c.kvo"
+    assert run("session", "fork", session, fork).code == 0
+    assert run("session", "export", session, tar).code == 0
+    assert run("session", "import", tar, copy).code == 0
+    assert run("session", "upgrade", session).code == 0
+    assert run("session", "inspect", session, "--json").json["segments"] == 1
+    assert run("session", "inspect", fork, "--json").json["segments"] == 2
+    asked = [run(*TINY, "--session", path, "-p", "so?").json for path in (session, copy, fork)]
+    assert len({answer["text"] for answer in asked}) == 1
+    assert run("session", "verify", session, copy, fork).code == 0
+    listed = run("session", "ls", tmp_path, "--json").json["sessions"]
+    assert [row["name"] for row in listed] == ["a.kvo", "b.kvo", "c.kvo"]
+    assert run("session", "rm", session, copy, fork).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_an_export_that_was_tampered_with_is_not_imported(run: Any, session: Path, tmp_path: Path) -> None:
+    tar = tmp_path / "x.tar"
+    assert run("session", "export", session, tar).code == 0
+    whole = tar.read_bytes()
+    for at in (0, 300, 700, len(whole) // 2):
+        data = bytearray(whole)
+        data[at] ^= 1
+        tar.write_bytes(data)
+        ran = run("session", "import", tar, tmp_path / "b.kvo")
+        assert ran.code in (2, 4), (at, ran.err)
+        assert ran.err.count("\n") == 1
+    tar.write_bytes(whole[: len(whole) // 2])
+    assert run("session", "import", tar, tmp_path / "b.kvo").code == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.kvo", "x.tar"]
+
+
+def test_pins_are_kept_by_later_saves(run: Any, session: Path) -> None:
+    assert run("session", "inspect", session, "--json").json["pinned"] is True
+    assert run("session", "unpin", session).code == 0
+    assert run(*TINY, "--session", session, "-p", "more", "--max-new-tokens", 2).code == 0
+    assert run("session", "inspect", session, "--json").json["pinned"] is False
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify", "rm", "pin", "upgrade"])
+def test_a_session_that_is_not_there_is_bad_input(run: Any, tmp_path: Path, name: str) -> None:
+    ran = run("session", name, tmp_path / "none.kvo")
+    assert ran.code == 2, ran.err
+    assert ran.err.count("\n") == 1
