@@ -108,7 +108,8 @@ def build_layer(
     if config.max_dropped_mass is not None:
         cap = replace(budget, budget=config.dropped_mass_cap)
         cache.reading = BoundedMass(cache.reading, config.max_dropped_mass, cap)
-    for policy in (policy.build() for policy in config.policy) if policies is None else policies:
+    given = [policy.build() for policy in config.policy] if policies is None else policies
+    for policy in sorted(given, key=lambda policy: not policy.replaces_chooser):
         policy.attach(cache, Depth(layer, n_layers))
     if config.audit is not None:
         cache.reading = Audit(cache.reading, config.audit)

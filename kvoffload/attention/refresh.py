@@ -78,7 +78,7 @@ class _Pass:
         self._coming = layer.fetch.ask_pages(self._first, self._n_coming, layer.fetch.refresh)
 
     def _hand_over(self, layer: LayerCache) -> None:
-        layer.anchored = self._anchored
+        layer.anchored, layer.n_estimated = self._anchored, None
         if self._selector is not None:
             layer.selector = self._selector
         if self._completion is not None:

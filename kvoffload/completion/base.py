@@ -80,6 +80,10 @@ class CompletionConfigBase(BaseModel):
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
         raise NotImplementedError
 
+    def resident_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
+        """Device bytes of one kv head with what the summary is made of."""
+        return self.index_bytes(n_tokens, key_dim, value_dim, page_size, itemsize)
+
     def index_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
         """Bytes that the summary of ``n_tokens`` tokens of one kv head takes, for plans made before a model is
         loaded."""

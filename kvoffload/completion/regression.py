@@ -28,6 +28,11 @@ class RegressionConfigBase(CompletionConfigBase):
     needs_index: ClassVar[bool] = True
 
 
+def moment_bytes(n_features: int, value_dim: int) -> int:
+    """What the fit of one row is made from: its moments and centre, fp32."""
+    return (2 * (1 + n_features) * (1 + n_features + value_dim) + n_features) * 4
+
+
 class RegressionCompletionConfig(RegressionConfigBase):
     """Features are the restored keys."""
 
@@ -38,6 +43,10 @@ class RegressionCompletionConfig(RegressionConfigBase):
 
     def index_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
         return (key_dim + 1) * value_dim * 4
+
+    def resident_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
+        state = self.index_bytes(n_tokens, key_dim, value_dim, page_size, itemsize)
+        return state + moment_bytes(key_dim, value_dim)
 
 
 class RegressionCompletion(Completion):
@@ -100,15 +109,20 @@ class RegressionCompletion(Completion):
         assert self.index is not None, "built without an index"
         start, stop = self._n_tokens, self._n_tokens + values.shape[1]
         keys, features = self.index.keys(start, stop).to(self._device), self._features(start, stop).to(self._device)
-        if start == 0:
-            valid = log_valid.exp()[..., None]
-            self._centre = (features * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
+        self._centre_on(features, log_valid.exp())
         logits = (keys @ self._anchor[..., None])[..., 0] + log_valid
         self._rescale(torch.maximum(self._log_scale, logits.amax(-1)))
         weights = torch.stack([log_valid.exp(), (logits - self._shift()[:, None]).exp()])
         x = torch.cat([torch.ones_like(features[..., :1]), features - self._centre], -1)
         self._moments += (x * weights[..., None]).mT @ torch.cat([x, values], -1)
         self._n_tokens = stop
+
+    def _centre_on(self, features: Tensor, valid: Tensor) -> None:
+        """The first run of a row with a token that counts says where its features are taken to lie."""
+        counts = valid.sum(1)[:, None, None]
+        mean = (features * valid[..., None]).sum(1, keepdim=True) / counts.clamp_min(1)
+        fresh = (self._moments[0, :, :1, :1] == 0) & (counts > 0)
+        self._centre = torch.where(fresh, mean, self._centre)
 
     def _mean_features(self, logits: Tensor) -> Partial:
         """Attention over every token's features with logits [rows, H, N]."""

@@ -13,10 +13,18 @@ from torch import Tensor
 
 from kvoffload.buffers import Growing, tensor_bytes
 from kvoffload.completion.base import Completion
-from kvoffload.completion.regression import RegressionCompletion, RegressionConfigBase, least_squares
+from kvoffload.completion.regression import (
+    RegressionCompletion,
+    RegressionConfigBase,
+    least_squares,
+    moment_bytes,
+)
 from kvoffload.geometry import Geometry
-from kvoffload.index.transform import FIT_TOKENS, TransformIndex
+from kvoffload.index.transform import TransformIndex
 from kvoffload.values import Fetched, KeySample, Pages, Partial
+
+FIT_TOKENS = 2048
+"""The first fit and the transform are made of exactly so many tokens, in whatever runs they come."""
 
 
 class SketchCompletionConfig(RegressionConfigBase):
@@ -41,6 +49,14 @@ class SketchCompletionConfig(RegressionConfigBase):
         widths = tier_widths(self.bits, value_dim)
         code = n_tokens * code_bytes(widths) + 2 * value_dim * (sum(widths) + 1) + 2 * n_levels(widths)
         return code + affine
+
+    def resident_bytes(self, n_tokens: int, key_dim: int, value_dim: int, page_size: int, itemsize: int) -> int:
+        state = self.index_bytes(n_tokens, key_dim, value_dim, page_size, itemsize)
+        state += moment_bytes(key_dim + value_dim, value_dim)
+        if n_tokens < FIT_TOKENS:
+            return state
+        analysis = value_dim * sum(tier_widths(self.bits, value_dim))
+        return state + ((key_dim + 1) * value_dim + key_dim + analysis) * 4
 
 
 class SketchCompletion(RegressionCompletion):
@@ -79,7 +95,7 @@ class SketchCompletion(RegressionCompletion):
         if len(self._waiting) >= FIT_TOKENS:
             values, log_valid = self._waiting.view.float(), self._waiting_valid.view
             self._waiting, self._waiting_valid = Growing(), Growing()
-            self._start(values, log_valid)
+            self._start(values[:, :FIT_TOKENS], log_valid[:, :FIT_TOKENS])
             self._code(values, log_valid)
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:

@@ -12,7 +12,7 @@ from kvoffload.evaluation.spec import SweepSpec
 
 DENSE = "dense"
 _MEANINGLESS = frozenset(
-    {"nvme_dir", "nvme_max", "cpu_max", "prefill_chunk", "io_engine", "direct", "device", "self_test",
+    {"nvme_dir", "nvme_max", "prefill_chunk", "io_engine", "direct", "device", "self_test",
      "strict_context", "dtype"}
 )  # fmt: skip
 """Fields that change where and how fast a cell runs, not what it gives."""

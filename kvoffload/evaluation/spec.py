@@ -122,7 +122,7 @@ class SweepSpec(BaseModel):
                 config = method.config(budget, self.common)
                 if any(policy.build().freezing is not None for policy in config.policy):
                     raise UsageError(f"method {method.name!r}: freeze_from changes the prefill, which all cells share")
-        Method.parse(self.baseline)
+        Method.parse(self.baseline).with_settings(self.set).config(str(self.budgets[0]), self.common)
         self.task.check(self.contexts)
 
 

@@ -41,6 +41,9 @@ class Policy:
     max_dense: int = 0
     """Newest decoded tokens that a dense pass may compute anew; 0 where there is none."""
 
+    replaces_chooser: bool = False
+    """Whether it brings a chooser of its own, which others then wrap: it is attached before them."""
+
     def attach(self, layer: LayerCache, depth: Depth) -> None:
         """Wrap the parts of an empty layer."""
 

@@ -33,6 +33,8 @@ class TokenSelectPolicyConfig(PolicyConfigBase):
 
 
 class TokenSelect(Policy):
+    replaces_chooser = True
+
     def __init__(self, tau: float) -> None:
         self._tau = tau
 

@@ -201,7 +201,7 @@ def _device_needs(kv: KVFootprint, config: RuntimeConfig, context: int, batch: i
     sizes = (context, kv.key_dim, kv.value_dim, config.page_size, kv.itemsize)
     anchors = config.sinks + _round_up(config.recent, config.page_size) + config.page_size
     index_place: Where = "host" if config.index == "cpu" or config.selector.reads_slow_tier else "device"
-    states = sum(completion.index_bytes(*sizes) for completion in config.completion)
+    states = sum(completion.resident_bytes(*sizes) for completion in config.completion)
     cache, largest = config.gpu_cache, min(budget * config.largest_share, context)  # the layers share one staging
     return (
         Need("KV of sliding-window layers", "device", kv.window_bytes(context) * batch),

@@ -64,7 +64,7 @@ class Reads:
             return None
         read = charged = 0.0
         for layer in layers:
-            moved = layer.fetch.decode.total()
+            moved = layer.fetch.decode.total() + layer.fetch.refresh.total()
             n_read = moved.cpu + moved.nvme + layer.meter.index_bytes_read
             unit = layer.geometry.rows * layer.geometry.token_bytes
             read += n_read / unit

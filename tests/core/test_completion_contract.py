@@ -12,6 +12,8 @@ from kvoffload.completion.gated import GatedCompletion
 from kvoffload.completion.none import NoCompletionConfig
 from kvoffload.completion.pages import PagesCompletionConfig
 from kvoffload.completion.phi import PhiCompletionConfig
+from kvoffload.completion.regression import RegressionCompletionConfig
+from kvoffload.completion.sketch import SketchCompletionConfig
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages, Partial, merge
 
@@ -39,6 +41,15 @@ def test_the_planned_bytes_are_those_of_the_built_state(kind, dtype):
     completion = built(kind(), shape, Pages(pages.keys.to(dtype), pages.values.to(dtype), None), n_pages=32)
     planned = kind().index_bytes(128, shape.key_dim, shape.value_dim, shape.page_size, dtype.itemsize)
     assert completion.state_bytes == shape.rows * planned
+
+
+@pytest.mark.parametrize("n_pages", [32, 600])
+@pytest.mark.parametrize("kind", [RegressionCompletionConfig, SketchCompletionConfig])
+def test_what_a_fit_is_made_from_is_planned_too(kind, n_pages):
+    shape = geometry()
+    completion = built(kind(), shape, random_pages(shape, n_pages), n_pages=n_pages)
+    planned = kind().resident_bytes(4 * n_pages, shape.key_dim, shape.value_dim, shape.page_size, 4)
+    assert completion.resident_bytes == shape.rows * planned
 
 
 @pytest.mark.parametrize("kind", EVERY)

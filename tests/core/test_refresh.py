@@ -181,7 +181,7 @@ def test_the_second_state_is_resident_while_it_is_built():
 @pytest.mark.parametrize(("slot", "kind"), [(slot, kind) for slot in VARIANTS for kind in VARIANTS[slot]])
 def test_what_depends_on_the_anchor_says_so(slot, kind):
     shape = geometry()
-    pages, query, found = random_pages(shape, 150), random_query(shape), []
+    pages, query, found = random_pages(shape, 550), random_query(shape), []
     for seed in (2, 3):
         layer = new_layer(shape, **({"completion": "none"} | {slot: kind}))
         layer.selector.reset(random_query(shape, seed)[:, 0])

@@ -82,3 +82,17 @@ def test_a_selector_without_an_index_is_refused():
         ValidationError, match=r"'regression' reads a token-level index.*'bounds'.*quantized, transform"
     ):
         RuntimeConfig(selector="bounds", completion="regression")
+
+
+def test_a_first_run_of_padding_does_not_fix_the_centre():
+    """Keys with a large bias, in a row whose first run of pages has no token that counts."""
+    shape = geometry()
+    pages, query = affine_pages(shape, 60), random_query(shape) * 0.3
+    valid = torch.ones(pages.keys.shape[:3], dtype=torch.bool)
+    valid[0, :10] = False
+    far = Pages(pages.keys + 1000, pages.values, valid)
+    completion = built(far.run(0, 10), shape, ridge=1e-7)
+    completion.absorb(far.run(10, 60))
+    given = completion.estimate(query, fetch(far, []), masses(query, far))
+    pairs = [(row, page) for row, page in all_pairs(far) if row == 1 or page >= 10]
+    assert_close(given.output[0], softmax_over(query, far, pairs).output[0], atol=0.3, rtol=0.05)

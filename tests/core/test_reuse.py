@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from kvoffload.policies.base import Depth
 from kvoffload.policies.hshare import pair_heads
 from kvoffload.policies.prhs import first_position
-from kvoffload.policies.reuse import Dilation, QueryGate
+from kvoffload.policies.reuse import Dilation, QueryGate, Reusing
+from kvoffload.policies.tokenselect import Votes
 from kvoffload.selection.topk import page_shares, take_best
 
 N_PROMPT, N_NEW, BLOCK = 300, 40, 8
@@ -356,3 +357,14 @@ def test_a_page_cache_serves_inherited_pages(policy):
         steps(layer, given, N_PROMPT, N_NEW)
         moved.append(layer.fetch.decode.total().cpu)
     assert moved[1] < 0.5 * moved[0]
+
+
+@pytest.mark.parametrize("policy", ["prhs:block=16,tau=-1+tokenselect:tau=1", "tokenselect:tau=1+prhs:block=16,tau=-1"])
+def test_votes_are_chosen_once_a_block_in_either_order(policy):
+    shape = geometry()
+    given = stream(shape, N_PROMPT + 4)
+    layer = filled(shape, given, N_PROMPT, selector="exact", completion="none", policy=policy)
+    steps(layer, given, N_PROMPT, 4)
+    assert layer.meter.scored_rows == shape.rows
+    assert isinstance(layer.chooser, Reusing)
+    assert isinstance(layer.chooser._inner, Votes)

@@ -9,7 +9,7 @@ from kvoffload.completion.regression import RegressionCompletionConfig
 from kvoffload.completion.sketch import SketchCompletionConfig
 from kvoffload.values import Pages
 
-N_PAGES = 300  # of 4 tokens: more than the fit waits for
+N_PAGES = 600  # of 4 tokens: more than the fit waits for
 
 
 def error(config, pages, shape, *runs):

@@ -102,6 +102,20 @@ def test_a_gate_keeps_its_choice_and_summaries_their_anchor(runtime, ids, tmp_pa
         assert_close(again.step(7), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("completion", ["regression", "sketch", "anchored"])
+def test_a_session_that_was_anchored_anew_is_the_same_when_restored(runtime, ids, tmp_path, completion):
+    path, rt = tmp_path / "a.kvo", runtime(reanchor=16, completion=completion, budget="5%")
+    with rt.session() as session:
+        session.prefill(ids(600))
+        session.generate(SamplingConfig(max_new_tokens=45))
+        assert session.cache.offloaded[0].anchored is not None
+        session.save(path)
+        expected = [session.step(7) for _ in range(4)]
+    with rt.restore(path) as again:
+        for step in expected:
+            assert_close(again.step(7), step, atol=1e-3, rtol=1e-3)
+
+
 def test_sampling_goes_on_where_it_stopped(runtime, ids, tmp_path):
     path, rt = tmp_path / "a.kvo", runtime()
     sampling = SamplingConfig(max_new_tokens=10, temperature=1.5, seed=7)

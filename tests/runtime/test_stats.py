@@ -193,13 +193,16 @@ def test_without_a_gate_nothing_abstains(open_session, ids):
 
 
 @pytest.mark.parametrize("offload", ["cpu", "nvme"])
-def test_what_reanchoring_reads_is_told_apart_from_steps_and_prefill(open_session, ids, offload):
+def test_what_reanchoring_reads_is_in_the_reads_and_told_apart(open_session, ids, offload):
     sessions = [open_session(reanchor=n, offload=offload, completion="pages") for n in (16, "off")]
     anchored, plain = (run(session, ids(300), 30) for session in sessions)
     refresh = total(anchored.refresh_bytes_read)
     page_bytes = 4 * N_HEADS * TOKEN_BYTES
     assert refresh >= N_LAYERS * (300 + 16 - 4 - 8) // 4 * page_bytes
     assert total(plain.refresh_bytes_read) == 0
-    assert anchored.read_tokens_per_step == plain.read_tokens_per_step or offload == "nvme"  # runs of pages vary there
+    n_steps = sessions[0].cache.offloaded[0].meter.steps
+    background = refresh / (n_steps * N_LAYERS * N_HEADS * TOKEN_BYTES)
+    apart = 0.2 * plain.read_tokens_per_step if offload == "nvme" else 1e-6  # runs of pages vary in files
+    assert anchored.read_tokens_per_step == pytest.approx(plain.read_tokens_per_step + background, abs=apart)
     prefill = sum(m.cpu + m.nvme for m in (layer.fetch.prefill.total() for layer in sessions[0].cache.offloaded))
     assert total(anchored.bytes_read) == total(anchored.decode_bytes_read) + prefill + refresh
