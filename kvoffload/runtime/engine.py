@@ -48,7 +48,7 @@ class Runtime:
         loaded = load_model(source, dtype=settings.dtype, device=settings.device, on_progress=on_progress)
         return cls(loaded, settings)
 
-    def session(self, *, expected_tokens: int = 0, budget: str | Budget | None = None) -> Session:
+    def session(self, *, expected_tokens: int = 0, budget: str | int | Budget | None = None) -> Session:
         """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth, ``budget`` stands
         in for the configuration's."""
         if budget is None:
