@@ -43,6 +43,9 @@ class Settings(BaseSettings, RuntimeConfig, SamplingConfig):
         return {**self.model_dump(mode="json"), "budget": str(self.effective_budget)}
 
 
+S = TypeVar("S", bound=Settings)
+
+
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
     """Settings from the three sources; flags that are None were not given. Raises UsageError in one line."""
     return load_settings_of(Settings, flags, config_file)
@@ -66,9 +69,6 @@ def load_settings_of(kind: type[S], flags: Mapping[str, Any], config_file: Path 
     except ValidationError as error:
         raise UsageError(explain(error, kind.model_fields)) from None
     return merged
-
-
-S = TypeVar("S", bound=Settings)
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
