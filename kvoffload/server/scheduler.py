@@ -53,8 +53,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are accepted."""
-        return self._worker.is_alive() and self._closing_at_s is None
+        """Whether jobs are accepted; not any more once the end has begun, or the worker has died."""
+        return self._closing_at_s is None
 
     @property
     def n_running(self) -> int:
