@@ -43,6 +43,7 @@ def streamed(accepted: Accepted, *, with_usage: bool, with_progress: bool) -> Jo
 
 async def _chunks(accepted: Accepted, *, with_usage: bool, with_progress: bool) -> AsyncIterator[bytes]:
     reply, started_s = accepted.reply, time.monotonic()
+    yield b": behind %d others\n\n" % accepted.position  # a comment, which brings the headers on their way
     for chunk in reply.first():
         yield sse(chunk)
     while True:
