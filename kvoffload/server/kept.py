@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kvoffload.runtime.session import Session
 from kvoffload.server.room import Room
+from kvoffload.server.sequence import give_back
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class KeptSessions:
         prefix = session.token_ids[: session.cache.get_seq_length()]
         copyable = session.cache.n_offloaded == len(session.cache.layers) and session.cache.freezing is None
         if self._most == 0 or not copyable:
-            session.close()
+            give_back(session)
             return
         for same in [kept for kept in self._kept if kept.prefix == prefix]:
             self._drop(same)
@@ -68,4 +69,4 @@ class KeptSessions:
 
     def _drop(self, kept: Kept) -> None:
         self._kept.remove(kept)
-        kept.session.close()
+        give_back(kept.session)

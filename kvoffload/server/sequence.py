@@ -59,7 +59,15 @@ class Sequence:
         """End the generation and give the session back."""
         self._closed = True
         self._events.close()
-        self.session.close()
+        give_back(self.session)
+
+
+def give_back(session: Session) -> None:
+    """Close a session; if its files cannot be given back, that is the log's matter and not the next request's."""
+    try:
+        session.close()
+    except FAILURES as error:
+        _log.error("a session was not closed cleanly", exc_info=error)
 
 
 Stepped = tuple[Sequence, StreamEvent | Failure]

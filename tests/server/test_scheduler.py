@@ -8,11 +8,12 @@ from served import SMALL
 
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.runtime.engine import Runtime
-from kvoffload.runtime.session import Progress
+from kvoffload.runtime.limits import Limits as Free
+from kvoffload.runtime.session import Progress, Session
 from kvoffload.server.errors import Failure, RequestError
 from kvoffload.server.job import Done, Job, Piece, Queued
 from kvoffload.server.metrics import Metrics
-from kvoffload.server.room import Room
+from kvoffload.server.room import Planner, Room
 from kvoffload.server.scheduler import Limits, Scheduler
 from kvoffload.server.sequence import step_in_turn
 
@@ -273,3 +274,32 @@ def test_kept_conversations_make_room_for_requests(loaded):
             scheduler.submit(client.job)
             assert isinstance(client.end(), Done)
         assert len(scheduler._kept) == 1
+
+
+@pytest.mark.parametrize("keep_sessions", [0, 1])
+def test_a_session_that_cannot_be_closed_stops_nobody(loaded, monkeypatch, keep_sessions):
+    def fail(session):
+        close(session)
+        raise OSError("the disk is gone")
+
+    close = Session.close
+    with scheduling(loaded, keep_sessions=keep_sessions) as scheduler:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "close", fail)
+            for name in "abc":
+                client = Client(name, ids(20, ord(name)), 2)
+                scheduler.submit(client.job)
+                assert isinstance(client.end(), Done)
+        assert scheduler.alive
+
+
+def test_the_room_of_a_server_is_what_is_free_and_what_the_caps_allow(loaded):
+    config = RuntimeConfig(**(RUNTIME | {"offload": "nvme", "nvme_max": 3000, "nvme_floor": 100}))
+    planner = Planner(loaded.config, config, dtype=loaded.model.dtype, device=loaded.model.device)
+    room = planner.room(Free(host=1000, disk=1100))
+    assert (room.host, room.disk, room.disk_kv, room.device) == (900, 900, 3000, float("inf"))
+    few, many = planner.need(100), planner.need(1000)
+    assert 0 < few.disk < many.disk
+    assert 0 < few.host < many.host
+    assert many.disk_kv == many.disk
+    assert (few + many - many) == few
