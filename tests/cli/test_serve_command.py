@@ -14,9 +14,11 @@ if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_cl
     pytest.skip("pip install 'kvoffload[test]' brings the server's packages", allow_module_level=True)
 
 import openai
+import typer
 
 from kvoffload import cli
 from kvoffload.server import command
+from kvoffload.settings import Settings
 
 
 @pytest.fixture
@@ -62,6 +64,12 @@ def test_a_taken_port_is_refused_before_weights_load(refused):
 def test_missing_packages_are_named(refused, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "uvicorn" else object())
     assert "serve needs uvicorn: pip install 'kvoffload[serve]'" in refused()
+
+
+def test_every_flag_is_a_setting_and_every_setting_of_a_server_has_one():
+    names = {option.name for option in typer.main.get_command(cli.app).commands["serve"].params}
+    assert names - set(command.ServeSettings.model_fields) == {"config"}
+    assert set(command.ServeSettings.model_fields) - set(Settings.model_fields) <= names
 
 
 def test_a_key_is_not_shown(monkeypatch, refused):
