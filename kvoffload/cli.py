@@ -17,6 +17,7 @@ from kvoffload.calibration import flags as calibration_flags
 from kvoffload.errors import KvoffloadError
 from kvoffload.evaluation import flags as sweep_flags
 from kvoffload.flags import flag
+from kvoffload.server import flags as server_flags
 
 _STORAGE_CODES = {"CapacityError": 3, "IntegrityError": 4}
 
@@ -141,6 +142,33 @@ def sweep(
 
     given = {name: value for name, value in ctx.params.items() if name not in ("settings", "config", "json")}
     raise typer.Exit(run_sweep({**given, "set": settings}, config, sys.stdout, _console(), as_json=json))
+
+
+@app.command()
+def serve(
+    ctx: typer.Context,
+    model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
+    dtype: flags.Dtype = None, device: flags.Device = None,
+    host: server_flags.Host = None, port: server_flags.Port = None, api_key: server_flags.ApiKey = None,
+    max_running: server_flags.MaxRunning = None, max_queue: server_flags.MaxQueue = None,
+    max_body: server_flags.MaxBody = None, body_timeout: server_flags.BodyTimeout = None,
+    request_timeout: server_flags.RequestTimeout = None, grace: server_flags.Grace = None,
+    keep_sessions: server_flags.KeepSessions = None,
+    offload: flags.Offload = None, nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None,
+    nvme_floor: flags.NvmeFloor = None, cpu_max: flags.CpuMax = None, verify: flags.Verify = None,
+    budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,
+    policy: flags.Policy = None, sinks: flags.Sinks = None, recent: flags.Recent = None,
+    page_size: flags.PageSize = None, index: flags.Index = None, gpu_cache: flags.GpuCache = None,
+    prefill_chunk: flags.PrefillChunk = None, io_engine: flags.IoEngine = None, direct: flags.Direct = None,
+    chat_template: flags.ChatTemplate = None, max_new_tokens: flags.MaxNewTokens = None,
+    temperature: flags.Temperature = None, top_p: flags.TopP = None, top_k: flags.TopK = None,
+    self_test: flags.SelfTest = None, config: flags.Config = None, quiet: flags.Quiet = None,
+) -> None:  # fmt: skip
+    """Serve the OpenAI dialect over HTTP; requests of different lengths share one model, step by step."""
+    from kvoffload.server.command import run_serve
+
+    given = {name: value for name, value in ctx.params.items() if name != "config" and value is not None}
+    raise typer.Exit(run_serve(given, config, _console()))
 
 
 @app.command()

@@ -4,7 +4,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -43,11 +43,19 @@ class Settings(BaseSettings, RuntimeConfig, SamplingConfig):
         return {**self.model_dump(mode="json"), "budget": str(self.effective_budget)}
 
 
+S = TypeVar("S", bound=Settings)
+
+
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
     """Settings from the three sources; flags that are None were not given. Raises UsageError in one line."""
+    return load_settings_of(Settings, flags, config_file)
+
+
+def load_settings_of(kind: type[S], flags: Mapping[str, Any], config_file: Path | None = None) -> S:
+    """The same for a command with more settings."""
     from_file = read_toml(config_file) if config_file else {}
 
-    class Layered(Settings):
+    class Layered(kind):  # type: ignore[valid-type, misc]
         @classmethod
         def settings_customise_sources(
             cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
@@ -57,9 +65,10 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
             return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
 
     try:
-        return Layered(**{name: value for name, value in flags.items() if value is not None})
+        merged: S = Layered(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        raise UsageError(explain(error, Settings.model_fields)) from None
+        raise UsageError(explain(error, kind.model_fields)) from None
+    return merged
 
 
 def to_toml(values: Mapping[str, Any]) -> str:

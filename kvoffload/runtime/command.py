@@ -119,15 +119,22 @@ def show_config(settings: Settings, out: TextIO) -> int:
     return 0
 
 
-def accept(settings: Settings, view: ProgressView) -> Job:
-    """Check everything that can be checked without weights; raises UsageError or OutOfRoomError."""
-    source, text = _source(settings), prompt_text(settings, optional=has_session(settings))
-    device = pick_device(settings.device)
+def check_machine(settings: Settings) -> tuple[ModelSource, torch.device]:
+    """The model and the device, after everything that can be checked without weights and prompt."""
+    source, device = _source(settings), pick_device(settings.device)
     if settings.offload == "nvme" and (reason := available_engines()[settings.io_engine]):
         raise UsageError(f"io_engine: {settings.io_engine!r} cannot be used here: {reason}")
-    model_config = load_config(source)
-    _plan(settings, source, model_config, device, 1 + settings.max_new_tokens, 1).check()
+    _plan(settings, source, load_config(source), device, 1 + settings.max_new_tokens, 1).check()
     check_calibrations(settings.calibrations, source)
+    return source, device
+
+
+def accept(settings: Settings, view: ProgressView) -> Job:
+    """Check everything that can be checked without weights; raises UsageError or OutOfRoomError."""
+    _source(settings)
+    text = prompt_text(settings, optional=has_session(settings))
+    source, device = check_machine(settings)
+    model_config = load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
     found = find_session(settings, source, model_config, dtype, view)
     tokenizer = load_tokenizer(source, view.load)

@@ -14,6 +14,7 @@ from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, switch_attention
 from kvoffload.runtime.saving import SavedAs, fill_session, open_session_file, rewrite_if_scattered, take_write_lock
 from kvoffload.runtime.session import Session
+from kvoffload.units import Budget
 
 
 def _settings(fields: dict[str, Any]) -> RuntimeConfig:
@@ -47,9 +48,16 @@ class Runtime:
         loaded = load_model(source, dtype=settings.dtype, device=settings.device, on_progress=on_progress)
         return cls(loaded, settings)
 
-    def session(self, *, expected_tokens: int = 0) -> Session:
-        """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth."""
-        return self._session(self.config, expected_tokens)
+    def session(self, *, expected_tokens: int = 0, budget: str | int | Budget | None = None) -> Session:
+        """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth, ``budget`` stands
+        in for the configuration's."""
+        if budget is None:
+            return self._session(self.config, expected_tokens)
+        try:
+            parsed = Budget.parse(budget)
+        except ValueError as error:
+            raise UsageError(f"budget: {error}") from None
+        return self._session(self.config.model_copy(update={"budget": parsed}), expected_tokens)
 
     def _session(self, config: RuntimeConfig, expected_tokens: int) -> Session:
         if self.loaded is None:

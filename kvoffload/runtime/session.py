@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from kvoffload_storage.errors import IntegrityError
@@ -17,6 +17,7 @@ from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
+from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
@@ -34,10 +35,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """One generated token and the text that became certain with it."""
+    """One generated token and the text that became certain with it; the last one says why it is the last."""
 
     text: str
     token: int
+    finish: Literal["stop", "length"] | None = None
 
 
 class Session:
@@ -64,6 +66,7 @@ class Session:
         self._started_s = 0.0
         self._step_s = 0.0
         self._n_steps = 0
+        self._interrupt = Interrupt()
 
     def __enter__(self) -> Self:
         return self
@@ -83,10 +86,27 @@ class Session:
         writes to it or has saved there since this session was read."""
         self.saved_as = save_session(self, Path(path), pinned=pinned)
 
-    @torch.inference_mode()
-    def prefill(self, prompt: str | list[int] | Tensor, on_progress: Callable[[Progress], None] | None = None) -> None:
+    def cancel(self) -> None:
+        """End the prefill or generation that runs, or else the next one, before its next chunk or step: it raises
+        CancelledError. Any thread may call this. What was done stays, and the session can go on from there."""
+        self._interrupt.cancel()
+
+    def prefill(
+        self,
+        prompt: str | list[int] | Tensor,
+        on_progress: Callable[[Progress], None] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
         """Take in a prompt exactly, in chunks; text is tokenised as it is (no chat template). Raises UsageError if
-        empty."""
+        empty; TimedOutError at the end of the first chunk that is later than ``timeout_s``, and then
+        ``finish_prefill`` goes on."""
+        self.begin_prefill(prompt)
+        with self._interrupt.within(timeout_s):
+            self.finish_prefill(on_progress)
+
+    def begin_prefill(self, prompt: str | list[int] | Tensor) -> None:
+        """Note a prompt that ``finish_prefill`` or ``prefill_chunks`` takes in."""
         ids = self._encode(prompt)
         if not ids:
             raise UsageError("the prompt is empty: at least one token is needed")
@@ -95,38 +115,52 @@ class Session:
         self.token_ids += ids
         self.prompt_tokens += len(ids)
         self.unfinished = True
-        self.finish_prefill(on_progress)
 
-    @torch.inference_mode()
     def finish_prefill(self, on_progress: Callable[[Progress], None] | None = None) -> None:
         """Take in the rest of a prompt whose prefill was broken off, in this process or another. With ``autosave`` the
         session is saved after every chunk."""
+        for progress in self.prefill_chunks():
+            if on_progress is not None:
+                on_progress(progress)
+
+    def prefill_chunks(self) -> Iterator[Progress]:
+        """``finish_prefill`` chunk by chunk: whoever iterates may do something else in between."""
         if not self.unfinished:
             return
         self._started_s, self._ttft_s = time.perf_counter(), None
         while self.unfinished:
             try:
-                self._prefill_rest(on_progress)
+                yield from self._prefill_rest()
             except IntegrityError as error:
-                repair(self, error)
+                with torch.inference_mode():
+                    repair(self, error)
         if self.autosave is not None:
             self.save(self.autosave)
 
-    def _prefill_rest(self, on_progress: Callable[[Progress], None] | None) -> None:
+    def _prefill_rest(self) -> Iterator[Progress]:
         pending = self.token_ids[self.cache.get_seq_length() :]
         done, total = 0, len(pending)
         for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
-            frozen = frozen_states(self.model, self.cache.freezing, self.cache.get_seq_length())
-            with self.cache.prefilling(), frozen:
-                self._logits = self._forward(chunk[None])
+            self._interrupt.check()
+            self._prefill_chunk(chunk)
             done += len(chunk)
-            if on_progress is not None:
-                on_progress(Progress(done, total, self._bytes_moved()))
+            if done == total:
+                self._prepare()
+                self.unfinished = False
+            yield Progress(done, total, self._bytes_moved())
             if self.autosave is not None and done < total:
                 self.save(self.autosave)
+
+    @torch.inference_mode()
+    def _prefill_chunk(self, chunk: Tensor) -> None:
+        frozen = frozen_states(self.model, self.cache.freezing, self.cache.get_seq_length())
+        with self.cache.prefilling(), frozen:
+            self._logits = self._forward(chunk[None])
+
+    @torch.inference_mode()
+    def _prepare(self) -> None:
         for layer in self.cache.offloaded:
             prepare(layer)
-        self.unfinished = False
 
     @torch.inference_mode()
     def copy_prefill(self, source: "Session") -> None:
@@ -153,10 +187,16 @@ class Session:
         self.cache.forget_decoded()
         self.token_ids = kept
 
-    def stream(self, sampling: SamplingConfig | None = None) -> Iterator[StreamEvent]:
+    def stream(
+        self, sampling: SamplingConfig | None = None, *, timeout_s: float | None = None
+    ) -> Iterator[StreamEvent]:
         """Generate until the end token, a stop string or ``max_new_tokens``: one event a token, the end token included.
         Without ``sampling`` (or its seed) it goes on as the last time, also in a restored session. Raises UsageError
-        before a prefill."""
+        before a prefill, TimedOutError before the first step that begins later than ``timeout_s``."""
+        with self._interrupt.within(timeout_s):
+            yield from self._stream(sampling)
+
+    def _stream(self, sampling: SamplingConfig | None) -> Iterator[StreamEvent]:
         goes_on = sampling is None or sampling.seed is None
         sampling = self.sampling = sampling or self.sampling or SamplingConfig()
         text = TextStream(self._tokenizer, sampling.stop)
@@ -169,19 +209,21 @@ class Session:
         self.finish_prefill()
         ends = end_tokens(self.model, self._tokenizer)
         for i in range(sampling.max_new_tokens):
+            self._interrupt.check()
             token = self._next_token(sampler)
             if token in ends:
-                yield StreamEvent(text.finish(), token)
+                yield StreamEvent(text.finish(), token, "stop")
                 return
             piece = text.push(token)
-            last = text.stopped or i == sampling.max_new_tokens - 1
-            yield StreamEvent(piece + text.finish() if last else piece, token)
-            if last:
+            if text.stopped:
+                yield StreamEvent(piece, token, "stop")
                 return
+            last = i == sampling.max_new_tokens - 1
+            yield StreamEvent(piece + text.finish(), token, "length") if last else StreamEvent(piece, token)
 
-    def generate(self, sampling: SamplingConfig | None = None) -> str:
+    def generate(self, sampling: SamplingConfig | None = None, *, timeout_s: float | None = None) -> str:
         """All of ``stream`` at once."""
-        return "".join(event.text for event in self.stream(sampling))
+        return "".join(event.text for event in self.stream(sampling, timeout_s=timeout_s))
 
     def stats(self) -> Stats:
         """What moved so far."""

@@ -71,6 +71,11 @@ def calls(tree, name):
         ([CORE / "policies"], ["kvoffload.models", "kvoffload.runtime", "kvoffload.config", "kvoffload_storage"], []),
         ([CORE / "selection", CORE / "completion", CORE / "cache"], ["kvoffload.policies"], []),
         ([CORE / "models"], ["kvoffload.runtime"], []),
+        (
+            [path for path in CORE.iterdir() if path.is_dir() and path.name not in ("server", "__pycache__")],
+            ["kvoffload.server"],
+            [],
+        ),
     ],
     ids=lambda value: "+".join(getattr(v, "name", str(v)) for v in value) if isinstance(value, list | tuple) else None,
 )
@@ -88,8 +93,17 @@ def test_only_the_models_know_transformers():
     ]
 
 
-def test_only_the_storage_is_asynchronous():
-    assert offenders([KERNELS, CORE], ["asyncio", "aiofiles"]) == []
+def test_only_the_storage_and_the_server_are_asynchronous():
+    others = [path for path in CORE.iterdir() if path.is_dir() and path.name not in ("server", "__pycache__")]
+    assert offenders([KERNELS, *others], ["asyncio", "aiofiles"]) == []
+    assert offenders([CORE / "server"], ["aiofiles"]) == []
+    assert not [p for p in CORE.glob("*.py") if {"asyncio", "aiofiles"} & {*imports(p, ast.parse(p.read_text()))}]
+
+
+def test_only_the_server_knows_http():
+    packages = ["fastapi", "starlette", "uvicorn", "prometheus_client"]
+    outside = [line for line in offenders([KERNELS, STORAGE, CORE], packages) if "kvoffload/server/" not in line]
+    assert outside == []
 
 
 def test_only_the_command_line_prints():
