@@ -89,7 +89,7 @@ def slice_lists(row_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Which slices each row has, in order: int32 ([rows, F], of which the first of each row count, and [rows])."""
     n = row_ids.shape[0]
     order, counts = (torch.empty(size, dtype=torch.int32, device=row_ids.device) for size in ((rows, n), (rows,)))
-    _lists[(rows,)](row_ids, order, counts, n, CHUNK=_CHUNK)
+    _lists[(rows,)](row_ids.contiguous(), order, counts, n, CHUNK=_CHUNK)
     return order, counts
 
 
