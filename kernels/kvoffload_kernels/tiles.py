@@ -28,7 +28,7 @@ def halves(x, second, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.where(second, low, high)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def product(a, b):  # type: ignore[no-untyped-def]
     """a @ b, fp32; what is fp32 is not rounded."""
     return tl.dot(a.to(tl.float32), b.to(tl.float32)) if _INTERPRETED else tl.dot(a, b, input_precision="ieee")
@@ -55,13 +55,13 @@ def capped(z, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
     return z
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def finite(top):  # type: ignore[no-untyped-def]
     """A shift that exponents can be taken against: 0 where nothing is there."""
     return tl.where(top == -float("inf"), 0.0, top)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def log_of(total):  # type: ignore[no-untyped-def]
     """The logarithm, -inf at zero."""
     return tl.where(total > 0, tl.log(tl.where(total > 0, total, 1.0)), -float("inf"))
@@ -76,7 +76,9 @@ def page_lse(z, HP: tl.constexpr, PAGES: tl.constexpr, SIZE: tl.constexpr):  # t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def not_excluded(z, excluded, row, heads, pages, n_pages, QUERIES: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+def not_excluded(  # type: ignore[no-untyped-def]
+    z, excluded, row, heads, pages, n_pages, QUERIES: tl.constexpr, HEADS: tl.constexpr
+):
     """Logits [n, T] of row ``row``, -inf where the page is excluded for the query of the head or is none: heads [n],
     pages [T], excluded uint8 [rows * QUERIES, n_pages]."""
     query_row = row * QUERIES + heads // (HEADS // QUERIES)

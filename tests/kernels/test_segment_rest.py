@@ -6,6 +6,11 @@ from kvoffload_kernels.completion import reference
 from kvoffload_kernels.completion.reference import SegmentSums, Slices, tilted_sums
 from torch.testing import assert_close
 
+from kvoffload.completion.anchored import AnchoredCompletion
+from kvoffload.completion.segments import Segments
+from kvoffload.geometry import Geometry
+from kvoffload.values import Fetched, Pages
+
 kernel = pytest.importorskip("kvoffload_kernels.completion.kernel", exc_type=ImportError)
 
 ROWS, PAGES, SIZE = 2, 12, 5
@@ -101,3 +106,17 @@ def test_where_rounded_sums_say_nothing_the_whole_segments_means_stand_in():
     assert_close(given, reference.estimate_rest(case.query, segments, case.slices), **CLOSE)
     exact = reference.estimate_rest(case.query, case.segments(), case.slices)
     assert (given[0] - exact[0]).abs().max() > 0.01  # the case is one where it matters
+
+
+def test_it_is_what_the_anchored_completion_says():
+    """The same pages in ``anchored``: segments, removal and estimate agree."""
+    case = Case(SOME, dim=32, value_dim=24)
+    geometry = Geometry(1, ROWS, 3, 32, 24, SIZE, torch.float32, 1.0)
+    completion = AnchoredCompletion(Segments(PAGES // 3, geometry, torch.device("cpu")))
+    completion.reset(case.anchor, n_pages=PAGES)
+    completion.absorb(Pages(case.keys, case.values, case.valid))
+    s = case.slices
+    fetched = Fetched(s.keys, s.values, s.valid, s.row_ids, torch.tensor([page for _, page in SOME]))
+    expected = completion.estimate(case.query, fetched, torch.zeros(0))
+    given = kernel.estimate_rest(case.query, case.segments(), case.slices)
+    assert_close(given, (expected.output, expected.lse), **CLOSE)

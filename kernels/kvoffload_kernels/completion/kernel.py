@@ -40,7 +40,7 @@ def _remove(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _means(
+def _means(  # type: ignore[no-untyped-def]
     sums,
     taken,
     whole,
@@ -52,7 +52,7 @@ def _means(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     STRIDE: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Mean of what is left of each segment, fp32 [segments, PADDED], of the whole where that is not known."""
     d = tl.arange(0, PADDED)
     mask = there[:, None] & (d < SIZE)[None, :]
@@ -130,11 +130,12 @@ def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple
 
 def _take_away(taken: Tensor, segments: SegmentSums, slices: Slices, sizes: dict[str, int]) -> None:
     keys, values, valid = slices.keys, slices.values, slices.valid
+    row_ids, segment_ids = slices.row_ids.contiguous(), slices.segment_ids.contiguous()
     if keys.shape[0] == 0:
         return
     size = keys.shape[1]
     _remove[(keys.shape[0],)](
         segments.anchor, segments.shift, keys, values, keys if valid is None else valid.contiguous().view(torch.uint8),
-        slices.row_ids.contiguous(), slices.segment_ids.contiguous(), taken, taken.shape[1], *keys.stride()[:2], *values.stride()[:2],
-        S=size, SP=triton.next_power_of_2(size), VALID=valid is not None, **sizes,
+        row_ids, segment_ids, taken, taken.shape[1], *keys.stride()[:2], *values.stride()[:2], S=size,
+        SP=triton.next_power_of_2(size), VALID=valid is not None, **sizes,
     )  # fmt: skip

@@ -69,6 +69,11 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     tl.store(lse_out + i, log_of(mass) + shift, mask=real)
 
 
+def supported(outputs: Sequence[Tensor]) -> bool:
+    """Whether ``merge_parts`` takes so many partials, and these."""
+    return 2 <= len(outputs) <= MAX_PARTS and all(output.is_contiguous() for output in outputs)
+
+
 def merge_splits(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.merge_splits``; contiguous."""
     rows, n_splits, heads, dim = outputs.shape

@@ -33,7 +33,9 @@ def supported(query: Tensor, codes: Tensor, page_size: int) -> bool:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _codes(codes, BITS: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
+def _codes(  # type: ignore[no-untyped-def]
+    codes, BITS: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, T: tl.constexpr
+):
     """The codes of one group, bf16 [8 / BITS * WP, T]: plane after plane, each padded from WIDTH to WP channels."""
     byte, token = tl.arange(0, WP), tl.arange(0, T)
     mask = (byte < WIDTH)[:, None] & (token >= 0)[None, :]

@@ -89,7 +89,8 @@ def mask_pages(logits: Tensor, excluded: Tensor, page_size: int) -> Tensor:
 
 def page_masses(logits: Tensor, page_size: int) -> Tensor:
     """Log-sum-exp of every page's logits: [rows, H, N] to fp32 [rows, H, P]."""
-    return logits.unflatten(-1, (-1, page_size)).logsumexp(-1)
+    masses: Tensor = logits.unflatten(-1, (-1, page_size)).logsumexp(-1)
+    return masses
 
 
 def score_pages(

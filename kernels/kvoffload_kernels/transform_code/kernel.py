@@ -33,9 +33,9 @@ def supported(query: Tensor, page_size: int) -> bool:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _queries(
+def _queries(  # type: ignore[no-untyped-def]
     turned, rows, real, FIRST: tl.constexpr, WIDTH: tl.constexpr, KP: tl.constexpr, DIM: tl.constexpr, HP: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """The turned queries' channels FIRST .. FIRST + WIDTH - 1 as halves, fp16 [2 HP, KP]."""
     k = tl.arange(0, KP)
     mask = real[:, None] & (k < WIDTH)[None, :]
@@ -44,7 +44,9 @@ def _queries(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _channels(codes, levels, token, counts, BITS: tl.constexpr, WIDTH: tl.constexpr, KP: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
+def _channels(  # type: ignore[no-untyped-def]
+    codes, levels, token, counts, BITS: tl.constexpr, WIDTH: tl.constexpr, KP: tl.constexpr, T: tl.constexpr
+):
     """One tier's channels of T tokens, fp16 [KP, T]: codes point to the tier's first byte of each token [T]."""
     PER: tl.constexpr = 8 // BITS
     byte, k = tl.arange(0, KP // PER), tl.arange(0, KP)
@@ -95,7 +97,7 @@ def _score_pages(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store(
+def _store(  # type: ignore[no-untyped-def]
     out,
     acc,
     mass,
@@ -107,7 +109,7 @@ def _store(
     DIM: tl.constexpr,
     HEADS: tl.constexpr,
     HP: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     k = tl.arange(0, KP)
     mask = (heads < HEADS)[:, None] & (k < WIDTH)[None, :]
     mean = joined(acc, HP, KP) / tl.where(mass > 0, mass, 1.0)[:, None]
