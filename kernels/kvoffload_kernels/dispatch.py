@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from kvoffload_kernels.cache_slots import reference as cache_slots
 from kvoffload_kernels.completion import reference as completion
 from kvoffload_kernels.completion.reference import SegmentSums, Slices
 from kvoffload_kernels.dense_attention import fused
@@ -166,3 +167,12 @@ def merge_parts(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
         if kernel.supported(outputs):
             return kernel.merge_parts(outputs, lses)
     return merge.merge_parts(outputs, lses)
+
+
+def assign_slots(wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+    """``cache_slots.reference.assign_slots``."""
+    if _verified("cache_slots", wanted):
+        from kvoffload_kernels.cache_slots import kernel
+
+        return kernel.assign_slots(wanted, owners, last_used, now)
+    return cache_slots.assign_slots(wanted, owners, last_used, now)
