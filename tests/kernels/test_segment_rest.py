@@ -1,5 +1,7 @@
 """What is left of tilted segments behind fetched slices: both twins against sums over the tokens that are left."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kvoffload_kernels.completion import reference
@@ -120,3 +122,12 @@ def test_it_is_what_the_anchored_completion_says():
     expected = completion.estimate(case.query, fetched, torch.zeros(0))
     given = kernel.estimate_rest(case.query, case.segments(), case.slices)
     assert_close(given, (expected.output, expected.lse), **CLOSE)
+
+
+def test_a_segment_without_a_token_is_empty_whatever_mass_rounding_leaves(estimate_rest):
+    case = Case(EVERYTHING_OF_ROW_0)
+    segments = case.segments()
+    output, lse = estimate_rest(case.query, replace(segments, mass=segments.mass * 1.001), case.slices)
+    assert lse[0].isneginf().all()
+    assert not output[0].any()
+    assert lse[1:].isfinite().all()
