@@ -131,3 +131,10 @@ def test_a_segment_without_a_token_is_empty_whatever_mass_rounding_leaves(estima
     assert lse[0].isneginf().all()
     assert not output[0].any()
     assert lse[1:].isfinite().all()
+
+
+def test_more_segments_than_are_weighed_at_a_time(monkeypatch):
+    monkeypatch.setattr(kernel, "_SEGMENTS", 1)
+    case = Case(SOME)
+    expected = reference.estimate_rest(case.query, case.segments(), case.slices)
+    assert_close(kernel.estimate_rest(case.query, case.segments(), case.slices), expected, **CLOSE)

@@ -104,3 +104,11 @@ def test_lists_name_each_rows_slices_in_order(monkeypatch):
     order, counts = kernel.slice_lists(row_ids, 6)
     for row in range(6):
         assert order[row, : counts[row]].tolist() == [i for i, r in enumerate(row_ids.tolist()) if r == row]
+
+
+def test_one_program_for_many_tiles_of_slices_gives_what_many_give(monkeypatch):
+    query, keys, values, row_ids = slices([i % ROWS for i in range(60)])
+    monkeypatch.setattr(kernel, "_TILE", 16)
+    monkeypatch.setattr(kernel, "_PROGRAMS", 1)
+    given = kernel.attend_slices(3 * query, keys, values, row_ids, None, None)
+    assert_close(given, dense(3 * query, keys, values, row_ids), atol=1e-5, rtol=1e-5)
