@@ -1,10 +1,28 @@
 """Chooses the twin of each kernel: triton or torch's fused operators where they apply, the reference elsewhere."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from kvoffload_kernels.cache_slots import reference as cache_slots
+from kvoffload_kernels.completion import reference as completion
+from kvoffload_kernels.completion.reference import SegmentSums, Slices
 from kvoffload_kernels.dense_attention import fused
 from kvoffload_kernels.dense_attention import reference as dense
 from kvoffload_kernels.gather import reference as gather
+from kvoffload_kernels.merge import reference as merge
+from kvoffload_kernels.page_scores import reference as page_scores
+from kvoffload_kernels.sparse_decode import reference as sparse_decode
+from kvoffload_kernels.transform_code import reference as transform_code
+from kvoffload_kernels.transform_code.reference import Levels
+
+VERIFIED: frozenset[str] = frozenset({"gather"})
+"""Folders whose Triton kernels a GPU has shown to equal their references (by ``scripts/kernel-check``; the gather by
+``scripts/gpu-check``). Only these are used, and only on CUDA; a folder is named here once its check has passed."""
+
+
+def _verified(folder: str, tensor: Tensor) -> bool:
+    return tensor.is_cuda and folder in VERIFIED
 
 
 def attend(
@@ -27,9 +45,134 @@ def gather_slices(
     source: Tensor, source_ids: Tensor, out: Tensor, out_ids: Tensor | None = None, wanted: Tensor | None = None
 ) -> None:
     """``gather.reference.gather_slices``; on a GPU the zero-copy kernel, which needs no host round trip."""
-    if out.is_cuda:
+    if _verified("gather", out):
         from kvoffload_kernels.gather import kernel  # triton is imported only where there is a GPU
 
         kernel.gather_slices(source, source_ids, out, out_ids, wanted)
     else:
         gather.gather_slices(source, source_ids, out, out_ids, wanted)
+
+
+def attend_slices(
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """``sparse_decode.reference.attend_slices``."""
+    if _verified("sparse_decode", query):
+        from kvoffload_kernels.sparse_decode import kernel
+
+        if kernel.supported(query, keys, values):
+            return kernel.attend_slices(query, keys, values, row_ids, valid, softcap)
+    return sparse_decode.attend_slices(query, keys, values, row_ids, valid, softcap)
+
+
+def score_quantized_pages(
+    query: Tensor,
+    codes: Tensor,
+    zero: Tensor,
+    step: Tensor,
+    bits: int,
+    *,
+    n_tokens: int,
+    page_size: int,
+    missing: Tensor | None = None,
+) -> Tensor:
+    """``page_scores.reference.score_pages``."""
+    options = {"n_tokens": n_tokens, "page_size": page_size}
+    if _verified("page_scores", query):
+        from kvoffload_kernels.page_scores import kernel
+
+        if kernel.supported(query, codes, page_size):
+            return kernel.score_pages(query, codes, zero, step, bits, missing=missing, **options)
+    return page_scores.score_pages(query, codes, zero, step, bits, missing=missing, **options)
+
+
+def attend_quantized_index(
+    query: Tensor,
+    codes: Tensor,
+    zero: Tensor,
+    step: Tensor,
+    bits: int,
+    *,
+    excluded: Tensor,
+    page_size: int,
+    missing: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``page_scores.reference.attend_index``."""
+    index = (query, codes, zero, step, bits)
+    if _verified("page_scores", query):
+        from kvoffload_kernels.page_scores import kernel
+
+        if kernel.supported(query, codes, page_size):
+            return kernel.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
+    return page_scores.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
+
+
+def score_transform_pages(
+    query: Tensor,
+    codes: Tensor,
+    mean: Tensor,
+    synthesis: Tensor,
+    levels: Levels,
+    *,
+    page_size: int,
+    missing: Tensor | None = None,
+) -> Tensor:
+    """``transform_code.reference.score_pages``."""
+    index = (query, codes, mean, synthesis, levels)
+    if _verified("transform_code", query):
+        from kvoffload_kernels.transform_code import kernel
+
+        if kernel.supported(query, page_size):
+            return kernel.score_pages(*index, page_size=page_size, missing=missing)
+    return transform_code.score_pages(*index, page_size=page_size, missing=missing)
+
+
+def attend_transform_index(
+    query: Tensor,
+    codes: Tensor,
+    mean: Tensor,
+    synthesis: Tensor,
+    levels: Levels,
+    *,
+    excluded: Tensor,
+    page_size: int,
+    missing: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``transform_code.reference.attend_index``."""
+    index = (query, codes, mean, synthesis, levels)
+    if _verified("transform_code", query):
+        from kvoffload_kernels.transform_code import kernel
+
+        if kernel.supported(query, page_size):
+            return kernel.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
+    return transform_code.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
+
+
+def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple[Tensor, Tensor]:
+    """``completion.reference.estimate_rest``."""
+    if _verified("completion", query):
+        from kvoffload_kernels.completion import kernel
+
+        return kernel.estimate_rest(query, segments, slices)
+    return completion.estimate_rest(query, segments, slices)
+
+
+def merge_parts(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``merge.reference.merge_parts``."""
+    if _verified("merge", outputs[0]):
+        from kvoffload_kernels.merge import kernel
+
+        if kernel.supported(outputs):
+            return kernel.merge_parts(outputs, lses)
+    return merge.merge_parts(outputs, lses)
+
+
+def assign_slots(wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+    """``cache_slots.reference.assign_slots``."""
+    if _verified("cache_slots", wanted):
+        from kvoffload_kernels.cache_slots import kernel
+
+        return kernel.assign_slots(wanted, owners, last_used, now)
+    return cache_slots.assign_slots(wanted, owners, last_used, now)

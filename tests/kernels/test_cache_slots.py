@@ -70,3 +70,16 @@ def test_every_wanted_page_gets_a_slot_of_its_own_and_owns_it(seed):
         assert torch.equal(before[slots[hit]], wanted[hit])
         untouched = torch.ones(8, dtype=torch.bool).index_fill_(0, slots, False)
         assert torch.equal(owners[untouched], before[untouched])
+
+
+@pytest.mark.parametrize(("n_slots", "n_keys", "most"), [(8, 20, 8), (7, 7, 3), (150, 300, 40), (1, 3, 1)])
+def test_the_kernel_gives_the_slots_that_the_reference_gives(n_slots, n_keys, most, monkeypatch):
+    """Step by step, with ties in age, empty slots, and chunks smaller than what is wanted."""
+    kernel = pytest.importorskip("kvoffload_kernels.cache_slots.kernel", exc_type=ImportError)
+    monkeypatch.setattr(kernel, "_CHUNK", 16)
+    expected, given = empty(n_slots), empty(n_slots)
+    for now, wanted in enumerate(trace(15, n_keys, most, n_slots), start=1):
+        one = assign_slots(wanted, *expected, torch.tensor(now))
+        other = kernel.assign_slots(wanted, *given, torch.tensor(now))
+        for a, b in zip([*one, *expected], [*other, *given], strict=True):
+            assert torch.equal(a, b)

@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from kvoffload_kernels.sparse_decode.reference import attend_slices
+from kvoffload_kernels.sparse_decode import reference
 from torch.testing import assert_close
 
+kernel = pytest.importorskip("kvoffload_kernels.sparse_decode.kernel", exc_type=ImportError)
+
+ROUNDED = {"atol": 1e-4, "rtol": 1e-4}  # the query and the weights as two bf16 halves each (kernels/README.md)
 ROWS, GROUP, SIZE, KEY_DIM, VALUE_DIM = 4, 3, 5, 6, 7
+
+
+@pytest.fixture(params=[reference, kernel], ids=["reference", "triton"])
+def attend_slices(request):
+    return request.param.attend_slices
 
 
 def slices(row_ids, dtype=torch.float32, seed=0):
@@ -33,20 +41,22 @@ def dense(query, keys, values, row_ids, valid=None, softcap=None):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("row_ids", [[0, 1, 2, 3], [3, 0, 3, 1, 3, 0, 2], [2]])
-def test_each_row_attends_to_its_own_slices(row_ids, dtype, softcap):
+def test_each_row_attends_to_its_own_slices(attend_slices, row_ids, dtype, softcap):
     inputs = slices(row_ids, dtype)
     given = attend_slices(*inputs, None, softcap)
-    assert_close(given, dense(*inputs, softcap=softcap), atol=1e-5, rtol=1e-5)
+    halved = dtype == torch.bfloat16 and attend_slices is kernel.attend_slices
+    bound = ROUNDED if halved else {"atol": 1e-5, "rtol": 1e-5}
+    assert_close(given, dense(*inputs, softcap=softcap), **bound)
 
 
-def test_a_row_without_a_slice_is_empty():
+def test_a_row_without_a_slice_is_empty(attend_slices):
     output, lse = attend_slices(*slices([0, 0, 3]), None, None)
     assert lse[1:3].isneginf().all()
     assert not output[1:3].any()
     assert lse[[0, 3]].isfinite().all()
 
 
-def test_no_slice_at_all_leaves_every_row_empty():
+def test_no_slice_at_all_leaves_every_row_empty(attend_slices):
     output, lse = attend_slices(*slices([]), None, None)
     assert lse.shape == (ROWS, GROUP)
     assert lse.isneginf().all()
@@ -54,7 +64,7 @@ def test_no_slice_at_all_leaves_every_row_empty():
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_tokens_that_are_not_valid_do_not_count(softcap):
+def test_tokens_that_are_not_valid_do_not_count(attend_slices, softcap):
     inputs = slices([0, 1, 1, 2, 3, 3])
     valid = torch.rand(6, SIZE, generator=torch.Generator().manual_seed(1)) > 0.4
     valid[3] = False  # all that row 2 has
@@ -63,7 +73,7 @@ def test_tokens_that_are_not_valid_do_not_count(softcap):
     assert lse[2].isneginf().all()
 
 
-def test_rows_with_very_different_logits_do_not_disturb_each_other():
+def test_rows_with_very_different_logits_do_not_disturb_each_other(attend_slices):
     query, keys, values, row_ids = slices([0, 1, 2, 3])
     query[1] *= 300
     query[2] -= 1000
@@ -72,3 +82,33 @@ def test_rows_with_very_different_logits_do_not_disturb_each_other():
     assert_close(given[0], output, atol=1e-4, rtol=1e-4)
     expected = torch.stack([(query[r].double() @ keys[r].double().T).logsumexp(-1) for r in range(ROWS)]).float()
     assert_close(given[1], expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_slices", [1, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (4, 128), (7, 96), (16, 256)])
+def test_slices_of_a_page_buffer_at_real_head_sizes(group, dim, dtype, n_slices):
+    """Keys and values are views of one buffer, K before V, as pages are laid out."""
+    generator = torch.Generator().manual_seed(3)
+    query = 3 * torch.randn(2, group, dim, generator=generator) / dim**0.5
+    pages = torch.randn(n_slices, 2, 16, dim, generator=generator).to(dtype)
+    row_ids = torch.randint(2, (n_slices,), generator=generator)
+    valid = torch.rand(n_slices, 16, generator=generator) > 0.2
+    given = kernel.attend_slices(query, pages[:, 0], pages[:, 1], row_ids, valid, None)
+    assert_close(given, reference.attend_slices(query, pages[:, 0], pages[:, 1], row_ids, valid, None), **ROUNDED)
+
+
+def test_lists_name_each_rows_slices_in_order(monkeypatch):
+    monkeypatch.setattr(kernel, "_CHUNK", 4)
+    row_ids = torch.tensor([2, 0, 2, 2, 5, 0, 2, 4, 4])
+    order, counts = kernel.slice_lists(row_ids, 6)
+    for row in range(6):
+        assert order[row, : counts[row]].tolist() == [i for i, r in enumerate(row_ids.tolist()) if r == row]
+
+
+def test_one_program_for_many_tiles_of_slices_gives_what_many_give(monkeypatch):
+    query, keys, values, row_ids = slices([i % ROWS for i in range(60)])
+    monkeypatch.setattr(kernel, "_TILE", 16)
+    monkeypatch.setattr(kernel, "_PROGRAMS", 1)
+    given = kernel.attend_slices(3 * query, keys, values, row_ids, None, None)
+    assert_close(given, dense(3 * query, keys, values, row_ids), atol=1e-5, rtol=1e-5)

@@ -1,7 +1,40 @@
 """Tilted sums of pages, and their removal from a fixed-size summary (kernels/README.md, "Completion")."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from kvoffload_kernels.dense_attention.reference import weigh
+
+EMPTY = 1e-6
+"""Below this share of a segment's mass what is left is rounding (fp32 sums: 1e-7 per term)."""
+
+
+@dataclass(frozen=True)
+class SegmentSums:
+    """Tilted sums of M segments a row: anchor fp32 [rows, D], the log scale of the weights fp32 [rows] (finite), masses
+    and token counts fp32 [rows, M], sums of keys and values [rows, M, D + Dv], and the share ``rounding`` of the mass
+    below which sums of their precision say nothing of what is left."""
+
+    anchor: Tensor
+    shift: Tensor
+    mass: Tensor
+    counts: Tensor
+    sums: Tensor
+    rounding: float = 0.0
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Fetched slices: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, and the query row and the segment
+    that each leaves, int64 [F]."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    row_ids: Tensor
+    segment_ids: Tensor
 
 
 def tilted_sums(keys: Tensor, values: Tensor, log_weight: Tensor) -> Tensor:
@@ -15,3 +48,37 @@ def remove_slices(state: Tensor, sums: Tensor, row_ids: Tensor, segment_ids: Ten
     """A copy of state [rows, M, C] with sums [F, C] subtracted at (row_ids, segment_ids), int64 [F] each; fp32."""
     n_segments = state.shape[1]
     return state.flatten(0, 1).index_add(0, row_ids * n_segments + segment_ids, sums, alpha=-1).view_as(state)
+
+
+def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple[Tensor, Tensor]:
+    """Attention to what is left of the segments behind the fetched slices, to first order around the anchor.
+
+    query fp32 [rows * Q, R, D] (scaled; the Q queries of row g follow each other) to fp32 ([rows * Q, R, Dv], [rows *
+    Q, R]). A segment without a token, or with less than ``EMPTY`` of its mass, is empty; nothing left is (0, -inf).
+    """
+    n_queries, key_dim = query.shape[0] // segments.anchor.shape[0], query.shape[-1]
+    anchor, shift, mass, counts, sums = (
+        t.repeat_interleave(n_queries, 0)
+        for t in (segments.anchor, segments.shift, segments.mass, segments.counts, segments.sums.float())
+    )
+    state = torch.cat([mass[..., None], sums, counts[..., None]], -1)
+    left_over = remove_slices(state, _slice_sums(anchor, shift, slices), slices.row_ids, slices.segment_ids)
+    left_mass = left_over[..., 0]
+    left = (left_over[..., -1] > 0.5) & (left_mass > EMPTY * mass)
+    known = (left & (left_mass > segments.rounding * mass))[..., None]
+    means = left_over[..., 1:-1] / torch.where(left, left_mass, 1.0)[..., None]
+    means = torch.where(known, means, sums / torch.where(mass > 0, mass, 1.0)[..., None])
+    log_mass = (torch.where(left, left_mass, 1.0).log() + shift[:, None]).masked_fill(~left, -torch.inf)
+    logits = (query - anchor[:, None]) @ means[..., :key_dim].mT + log_mass[:, None]
+    return weigh(logits, means[..., key_dim:])
+
+
+def _slice_sums(anchor: Tensor, shift: Tensor, slices: Slices) -> Tensor:
+    """What each slice put into its segment, fp32 [F, 1 + D + Dv + 1], its token count last."""
+    rows = slices.row_ids
+    log_valid = torch.zeros(slices.keys.shape[:2], device=rows.device)
+    if slices.valid is not None:
+        log_valid = log_valid.masked_fill(~slices.valid, -torch.inf)
+    logits = torch.einsum("fd,fsd->fs", anchor[rows], slices.keys.float()) + log_valid
+    sums = tilted_sums(slices.keys, slices.values, logits - shift[rows][:, None])
+    return torch.cat([sums, log_valid.exp().sum(-1, keepdim=True)], -1)

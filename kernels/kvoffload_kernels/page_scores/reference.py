@@ -8,6 +8,8 @@ first.
 import torch
 from torch import Tensor
 
+from kvoffload_kernels.dense_attention.reference import soft_cap, weigh
+
 
 def quantise(keys: Tensor, valid: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, zero points and steps of keys [..., T, D], one group along T: uint8 [..., T, D * bits / 8], fp16 [...,
@@ -68,3 +70,65 @@ def score_tokens(query: Tensor, codes: Tensor, zero: Tensor, step: Tensor, bits:
     base = torch.einsum("grd,gnd->gnr", query, zero.float())
     logits = stepped @ unpack(codes, bits).to(query.dtype).transpose(-1, -2) + base[..., None]
     return logits.permute(0, 2, 1, 3).reshape(rows, group, n_groups * n_tokens)
+
+
+def mask_tokens(logits: Tensor, missing: Tensor | None) -> Tensor:
+    """Logits [rows, H, N] with -inf at the first ``missing`` int64 [rows] tokens of each row (None: nowhere)."""
+    if missing is None:
+        return logits
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    return logits.masked_fill(tokens < missing[:, None, None], -torch.inf)
+
+
+def mask_pages(logits: Tensor, excluded: Tensor, page_size: int) -> Tensor:
+    """Logits [rows, Q * R, N] with -inf at the pages that ``excluded`` bool [rows * Q, P] names for each query."""
+    rows, n_heads, n_tokens = logits.shape
+    pages = logits.reshape(excluded.shape[0], -1, n_tokens // page_size, page_size)
+    return pages.masked_fill(excluded[:, None, :, None], -torch.inf).reshape(rows, n_heads, n_tokens)
+
+
+def page_masses(logits: Tensor, page_size: int) -> Tensor:
+    """Log-sum-exp of every page's logits: [rows, H, N] to fp32 [rows, H, P]."""
+    masses: Tensor = logits.unflatten(-1, (-1, page_size)).logsumexp(-1)
+    return masses
+
+
+def score_pages(
+    query: Tensor,
+    codes: Tensor,
+    zero: Tensor,
+    step: Tensor,
+    bits: int,
+    *,
+    n_tokens: int,
+    page_size: int,
+    missing: Tensor | None = None,
+) -> Tensor:
+    """Log masses of all pages, fp32 [rows, H, n_tokens / page_size], from arguments as of ``score_tokens``; tokens
+    behind the first ``n_tokens`` are none, nor are the first ``missing`` int64 [rows] ones."""
+    logits = score_tokens(query, codes, zero, step, bits)[..., :n_tokens]
+    return page_masses(mask_tokens(logits, missing), page_size)
+
+
+def attend_index(
+    query: Tensor,
+    codes: Tensor,
+    zero: Tensor,
+    step: Tensor,
+    bits: int,
+    *,
+    excluded: Tensor,
+    page_size: int,
+    missing: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the restored keys themselves, of the pages that are not excluded: mean key and log-sum-exp, fp32
+    ([rows, H, D], [rows, H]); (0, -inf) where nothing is left.
+
+    The H = Q * R query heads of a row are R of each of its Q queries; ``excluded`` is bool [rows * Q, P], and there are
+    P pages of tokens. The rest is as in ``score_pages``.
+    """
+    n_tokens = excluded.shape[-1] * page_size
+    logits = soft_cap(score_tokens(query, codes, zero, step, bits)[..., :n_tokens], softcap)
+    logits = mask_pages(mask_tokens(logits, missing), excluded, page_size)
+    return weigh(logits, restore(codes, zero, step, bits).flatten(1, 2)[:, :n_tokens])

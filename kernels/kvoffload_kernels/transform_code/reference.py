@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
 from torch import Tensor
 
+from kvoffload_kernels.dense_attention.reference import soft_cap, weigh
+from kvoffload_kernels.page_scores.reference import mask_pages, mask_tokens, page_masses
+
 _SHRINK = 0.3  # of the query moment towards a multiple of the identity
 _RIDGE = 1e-3  # of the key covariance
 _TIERS = {
@@ -100,6 +103,49 @@ def decode(codes: Tensor, levels: Levels) -> Tensor:
     return torch.cat(
         [_look_up(*tier) for tier in zip(parts, levels, _BITS, strict=True) if tier[0].shape[-1] > 0], dim=-1
     )
+
+
+def score_pages(
+    query: Tensor,
+    codes: Tensor,
+    mean: Tensor,
+    synthesis: Tensor,
+    levels: Levels,
+    *,
+    page_size: int,
+    missing: Tensor | None = None,
+) -> Tensor:
+    """Log masses of all pages, fp32 [rows, H, P]: query [rows, H, D] fp32 (scaled), codes uint8 [rows, P * page_size,
+    bytes], mean fp16 [rows, D], synthesis fp16 [rows, D, D'] of the channels that have bits. The first ``missing``
+    int64 [rows] tokens of each row do not count."""
+    logits = _logits(query, mean, synthesis, decode(codes, levels))
+    return page_masses(mask_tokens(logits, missing), page_size)
+
+
+def attend_index(
+    query: Tensor,
+    codes: Tensor,
+    mean: Tensor,
+    synthesis: Tensor,
+    levels: Levels,
+    *,
+    excluded: Tensor,
+    page_size: int,
+    missing: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the restored keys themselves, of the pages that are not excluded: mean key and log-sum-exp, fp32
+    ([rows, H, D], [rows, H]); (0, -inf) where nothing is left. The H = Q * R query heads of a row are R of each of
+    its Q queries; ``excluded`` is bool [rows * Q, P]. The rest is as in ``score_pages``."""
+    channels = decode(codes, levels)
+    logits = mask_tokens(soft_cap(_logits(query, mean, synthesis, channels), softcap), missing)
+    weighed, lse = weigh(mask_pages(logits, excluded, page_size), channels)
+    keys = weighed @ synthesis.float().mT + mean.float()[:, None]
+    return keys.masked_fill(lse.isneginf()[..., None], 0.0), lse
+
+
+def _logits(query: Tensor, mean: Tensor, synthesis: Tensor, channels: Tensor) -> Tensor:
+    return query @ synthesis.float() @ channels.mT + query @ mean.float()[..., None]
 
 
 def _look_up(packed: Tensor, levels: Tensor, bits: int) -> Tensor:
