@@ -59,6 +59,8 @@ class Reads:
     @staticmethod
     def of(layers: Sequence[LayerCache]) -> "Reads | None":
         """Per step, layer and kv head; None before the first step with pages."""
+        for layer in layers:
+            layer.fetch.count_unasked()
         n_steps = sum(layer.meter.steps for layer in layers)
         if n_steps == 0:
             return None
@@ -114,8 +116,6 @@ def collect(
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
     what was read and written between tiers for a session file."""
     step_bytes = max((layer.fetch.step_bytes for layer in layers), default=0)
-    for layer in layers:
-        layer.fetch.count_unasked()
     reads = Reads.of(layers)
     n_steps = max((layer.meter.steps for layer in layers), default=0)
     decode = sum((layer.fetch.decode.total() for layer in layers), Moved())

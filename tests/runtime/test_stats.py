@@ -1,9 +1,10 @@
 """What a session says it moved, against a store that counts and against arithmetic done by hand."""
 
 import pytest
-from kvoffload_storage import TracingStore, WrapperStore
+from kvoffload_storage import Moved, TracingStore, WrapperStore
 
 from kvoffload.config import VARIANTS, SamplingConfig
+from kvoffload.runtime.stats import Reads
 
 # tiny: 4 layers, 2 kv heads, head size 16 in fp32: a token-equivalent is 2 * 16 * 4 = 128 bytes
 N_LAYERS, N_HEADS, TOKEN_BYTES = 4, 2, 128
@@ -206,3 +207,15 @@ def test_what_reanchoring_reads_is_in_the_reads_and_told_apart(open_session, ids
     assert anchored.read_tokens_per_step == pytest.approx(plain.read_tokens_per_step + background, abs=apart)
     prefill = sum(m.cpu + m.nvme for m in (layer.fetch.prefill.total() for layer in sessions[0].cache.offloaded))
     assert total(anchored.bytes_read) == total(anchored.decode_bytes_read) + prefill + refresh
+
+
+def test_reads_ahead_that_no_step_waited_for_are_in_every_account(open_session, ids, monkeypatch):
+    """The sweep asks the layers itself; both must see what came for a step that never was."""
+    session = open_session(offload="nvme", cpu_max="64KiB", prefetch=0.5, budget="10%")
+    session.prefill(ids(300))
+    session.step(3)
+    layers = session.cache.offloaded
+    before = sum(layer.fetch.decode.moved.nvme for layer in layers)
+    monkeypatch.setattr(layers[0].fetch.store, "moved_unasked", lambda layer: Moved(nvme=4096))  # a read that came late
+    Reads.of(layers)
+    assert sum(layer.fetch.decode.moved.nvme for layer in layers) >= before + 4096
