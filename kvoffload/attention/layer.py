@@ -23,7 +23,8 @@ from kvoffload.values import Pages, Selection, by_row
 if TYPE_CHECKING:
     from kvoffload.attention.reading import Reading
 
-_TAIL_QUERIES = 256
+TAIL_QUERIES = 256
+"""Queries of a prefill that are remembered: their mean is the anchor query."""
 
 
 class PageBudget(Protocol):
@@ -103,6 +104,7 @@ class LayerCache:
         self._index_is_read = index_is_read
         self.meter = Meter()
         self.ready = True
+        self.held: Tensor | None = None  # all sealed pages as the store has them, while they are on the device still
         self.tail_queries: Tensor | None = None  # in host memory
         self.n_prefilled = 0  # pages when the last prefill was summarised
         self.n_estimated: int | None = None  # pages at the first estimate after that
@@ -124,13 +126,17 @@ class LayerCache:
     def n_pages(self) -> int:
         return self.store.n_pages(self.layer)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store."""
+    def append(self, keys: Tensor, values: Tensor) -> Tensor | None:
+        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store and are returned as it has them,
+        on the device: uint8 [P, rows, slice_bytes]."""
         sealed = self.anchors.append(keys, values)
-        if sealed is not None:
-            self.meter.written += self.store.append(self.layer, pack_pages(sealed))
-            if self.ready:
-                self.absorb(sealed)
+        if sealed is None:
+            return None
+        packed = pack_pages(sealed)
+        self.meter.written += self.store.append(self.layer, packed)
+        if self.ready:
+            self.absorb(sealed)
+        return packed
 
     def absorb(self, pages: Pages) -> None:
         self.selector.absorb(pages)
@@ -141,9 +147,9 @@ class LayerCache:
         """Keep the newest prefill queries [rows, R, Q, D] for the anchor and the gate; what was summarised is stale
         now."""
         self.ready = False
-        newest = query[:, :, -_TAIL_QUERIES:].cpu()
+        newest = query[:, :, -TAIL_QUERIES:].cpu()
         kept = newest if self.tail_queries is None else torch.cat([self.tail_queries, newest], dim=2)
-        self.tail_queries = kept[:, :, -_TAIL_QUERIES:].clone()
+        self.tail_queries = kept[:, :, -TAIL_QUERIES:].clone()
 
     def tail_weights(self) -> Tensor:
         """1 for every remembered query of a real token and 0 for those of padding, fp32 [rows, T] in host memory; asked
