@@ -16,7 +16,7 @@ from kvoffload.bench.decode import DecodeBench
 from kvoffload.bench.disk import disk_table, lacks_fio, measure_reads
 from kvoffload.bench.options import bench_settings, count, decode_plan, peer_names, sizes
 from kvoffload.bench.output import Output
-from kvoffload.bench.prefill import PrefillBench, prefill_table, prefill_values
+from kvoffload.bench.prefill import PrefillBench, prefill_tables, prefill_values
 from kvoffload.bench.prompt_kv import PromptKv
 from kvoffload.bench.report import DecodeReport
 from kvoffload.bench.runs import Contender, ours, peers, stock
@@ -65,12 +65,12 @@ def run_prefill(flags: Mapping[str, Any], config_file: Path | None, output: Outp
     settings, context = bench_settings(flags, config_file), count("context", flags["context"])
     names = peer_names(flags["peers"], ("stock",))
     bench = begin(settings, flags, output, context=context, batch=1)
-    runner = PrefillBench(bench, context, int(flags["runs"]))
+    runner = PrefillBench(bench, context, int(flags["runs"]), int(flags["kernels"]))
     ours_s, stock_s, error = runner.gate()
     output.view.say(f"equal to the library's prefill: {error:.1e}")
     runs = [runner.measure("ours", runner.ours, ours_s)]
     runs += [runner.measure("stock", runner.stock, stock_s) for _ in names]
-    output.finish([prefill_table(bench, context, runs)], prefill_values(bench, context, error, runs))
+    output.finish(prefill_tables(bench, context, runs), prefill_values(bench, context, error, runs))
     return 0
 
 

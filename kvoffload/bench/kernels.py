@@ -1,11 +1,12 @@
 """Where the time of a step goes on a GPU, kernel by kernel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kvoffload.bench.clock import Clock
+from kvoffload.bench.output import Table
 
 _RUNS = 3
 
@@ -17,6 +18,12 @@ class Kernel:
     name: str
     ms: float
     launches: float
+
+
+def kernel_table(what: str, kernels: Sequence[Kernel]) -> Table:
+    """The kernels for people."""
+    rows = [(f"{kernel.ms:.3f}", f"{kernel.launches:g}", kernel.name) for kernel in kernels]
+    return Table(f"kernels of {what}", ("ms", "launches", "kernel"), rows)
 
 
 def kernels_of(run: Callable[[], object], clock: Clock, n_kernels: int) -> tuple[Kernel, ...]:

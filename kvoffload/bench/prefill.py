@@ -12,6 +12,7 @@ from torch import Tensor
 from kvoffload.bench.begin import Bench
 from kvoffload.bench.clock import Timing
 from kvoffload.bench.gate import compare
+from kvoffload.bench.kernels import Kernel, kernel_table, kernels_of
 from kvoffload.bench.output import Table
 from kvoffload.models.stock import prefill_stock
 from kvoffload.runtime.plan import KVFootprint
@@ -28,20 +29,23 @@ class Prefilled:
     time: Timing
     floor_s: float
     over_weights_bytes: int | None
+    chunks: int = 1
+    kernels: tuple[Kernel, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "first_s": round(self.first_s, 4), "runs": len(self.time.seconds), "seconds": round(self.time.median, 4),
             "floor_s": round(self.floor_s, 4), "ratio_to_floor": round(self.time.median / self.floor_s, 3),
-            "device_bytes_over_weights": self.over_weights_bytes,
+            "device_bytes_over_weights": self.over_weights_bytes, "chunks": self.chunks,
+            "kernels": [vars(kernel) for kernel in self.kernels],
         }  # fmt: skip
 
 
 class PrefillBench:
     """Random tokens through both; what each gives for the next token is compared before any of it counts."""
 
-    def __init__(self, bench: Bench, context: int, n_runs: int) -> None:
-        self._bench, self._context, self._n_runs = bench, context, n_runs
+    def __init__(self, bench: Bench, context: int, n_runs: int, n_kernels: int = 0) -> None:
+        self._bench, self._context, self._n_runs, self._n_kernels = bench, context, n_runs, n_kernels
         draws = torch.randint(bench.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
         self._ids = draws.to(bench.clock.device)
         self._tokens = draws[0].tolist()
@@ -50,7 +54,8 @@ class PrefillBench:
     def ours(self) -> Tensor:
         """Take the prompt in as a session does; the logits after it [1, vocabulary]."""
         with self._bench.runtime.session(expected_tokens=self._context) as session:
-            session.prefill(self._tokens)
+            session.begin_prefill(self._tokens)
+            self.n_chunks = sum(1 for _ in session.prefill_chunks())
             for store in session.cache.stores:
                 store.flush()
             self._bench.clock.settle()
@@ -67,12 +72,14 @@ class PrefillBench:
         return ours_s, stock_s, compare("prefill", ours[None], stock[None])
 
     def measure(self, name: str, run: Callable[[], object], first_s: float) -> Prefilled:
+        """Time the runs that follow the first one."""
         gc.collect()
         clock = self._bench.clock
         clock.start_peak()
         time = clock.wall(run, self._n_runs)
         peak, weights = clock.peak_bytes(), sum(p.nbytes for p in self._bench.loaded.model.parameters())
-        return Prefilled(name, first_s, time, self.floor_s, None if peak is None else peak - weights)
+        over, chunks = None if peak is None else peak - weights, self.n_chunks if name == "ours" else 1
+        return Prefilled(name, first_s, time, self.floor_s, over, chunks, kernels_of(run, clock, self._n_kernels))
 
     def _first(self, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
         started = self._bench.clock.settle()
@@ -106,12 +113,14 @@ def prefill_values(bench: Bench, context: int, error: float, runs: list[Prefille
     }  # fmt: skip
 
 
-def prefill_table(bench: Bench, context: int, runs: list[Prefilled]) -> Table:
+def prefill_tables(bench: Bench, context: int, runs: list[Prefilled]) -> list[Table]:
     """The figures for people."""
     rows = [
-        (run.name, f"{run.first_s:.3f}", f"{run.time.median:.3f}", f"{run.time.median / run.floor_s:.2f}",
+        (run.name, str(run.chunks), f"{run.first_s:.3f}", f"{run.time.median:.3f}",
+         f"{run.time.median / run.floor_s:.2f}",
          "-" if run.over_weights_bytes is None else format_size(run.over_weights_bytes))
         for run in runs
     ]  # fmt: skip
-    header = ("what", "first s", "s", "x floor", "over the weights")
-    return Table(f"{bench.loaded.name}: prefill of {context:,} tokens", header, rows)
+    header = ("what", "chunks", "first s", "s", "x floor", "over the weights")
+    kernels = [kernel_table(f"a prefill: {run.name}", run.kernels) for run in runs if run.kernels]
+    return [Table(f"{bench.loaded.name}: prefill of {context:,} tokens", header, rows), *kernels]

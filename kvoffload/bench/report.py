@@ -6,6 +6,7 @@ from typing import Any
 
 from kvoffload.bench.ceilings import Ceilings
 from kvoffload.bench.decode import DecodePlan, Measured
+from kvoffload.bench.kernels import kernel_table
 from kvoffload.bench.output import Table
 from kvoffload.units import format_size
 
@@ -34,11 +35,7 @@ class DecodeReport:
 
     def tables(self) -> list[Table]:
         title = f"{self.model}: decode at {self.plan.context:,} tokens x {self.plan.batch}"
-        kernels = [
-            Table(f"kernels of a step: {run.name}", ("ms", "launches", "kernel"), _kernel_rows(run))
-            for run in self.runs
-            if run.kernels
-        ]
+        kernels = [kernel_table(f"a step: {run.name}", run.kernels) for run in self.runs if run.kernels]
         return [Table(title, _HEADER, [_row(run) for run in self.runs]), *kernels]
 
     def notes(self) -> list[str]:
@@ -60,7 +57,3 @@ def _row(run: Measured) -> tuple[str, ...]:
         run.name, str(run.n_sequences), f"{run.step.median * 1e3:.2f}",
         f"{run.step.p90 * 1e3:.2f}", f"{run.tokens_per_s:.1f}", f"{run.ratio:.2f}", format_size(run.kv_bytes), peak,
     )  # fmt: skip
-
-
-def _kernel_rows(run: Measured) -> list[tuple[str, ...]]:
-    return [(f"{kernel.ms:.3f}", f"{kernel.launches:g}", kernel.name) for kernel in run.kernels]
