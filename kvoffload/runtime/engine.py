@@ -1,19 +1,22 @@
 """``Runtime``: a model, a configuration, and sessions over them."""
 
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ValidationError
 
-from kvoffload.config import RuntimeConfig, explain
+from kvoffload.config import RuntimeConfig, SamplingConfig, explain
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.progress import OnProgress, ignore
-from kvoffload.models.self_test import check_parity, switch_attention
+from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
 from kvoffload.runtime.saving import SavedAs, fill_session, open_session_file, rewrite_if_scattered, take_write_lock
-from kvoffload.runtime.session import Session
+from kvoffload.runtime.session import Session, StreamEvent
+from kvoffload.runtime.together import feed_ahead, stream_together
 from kvoffload.units import Budget
 
 
@@ -63,6 +66,25 @@ class Runtime:
         if self.loaded is None:
             raise UsageError("this Runtime has no model of its own: use attach(), or Runtime.from_pretrained()")
         return Session(self.loaded.model, self.loaded.tokenizer, config, expected_tokens=expected_tokens)
+
+    @cached_property
+    def shares_forwards(self) -> bool:
+        """Whether one forward can decode several sessions; tried once. False for models with sliding windows or linear
+        layers and for policies that compute tokens anew."""
+        return self.loaded is not None and shares_forwards(self.loaded.model, self.config)
+
+    def feed_ahead(self, sessions: Sequence[Session]) -> None:
+        """Feed the newest token of every session that has one in a single forward, where that can be done; their next
+        step, whenever it comes, finds the logits there. One that fails tells so at that step, and no other does."""
+        if self.shares_forwards:
+            feed_ahead(sessions)
+
+    def stream_together(
+        self, sessions: Sequence[Session], sampling: SamplingConfig | None = None
+    ) -> Iterator[tuple[Session, StreamEvent]]:
+        """``Session.stream`` of several prefilled sessions side by side, a forward a step for all of them; each ends
+        when it is done. What went wrong with some is raised when the others are done."""
+        yield from stream_together(sessions, sampling, self.feed_ahead)
 
     def restore(self, path: str | Path) -> Session:
         """The session that was saved at ``path``, verified; it may be asked for as often as wanted, also by several

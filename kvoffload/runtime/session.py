@@ -57,6 +57,7 @@ class Session:
         self.sampling: SamplingConfig | None = None
         self.unfinished, self.prompt_start = False, 0
         self._logits: Tensor | None = None
+        self._fed_badly: BaseException | None = None
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
         self.prompt_tokens = self._new_tokens = 0
@@ -138,7 +139,7 @@ class Session:
             self.save(self.autosave)
 
     def _prefill_rest(self) -> Iterator[Progress]:
-        pending = self.token_ids[self.cache.get_seq_length() :]
+        pending = self.pending
         done, total = 0, len(pending)
         for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
             self._interrupt.check()
@@ -170,6 +171,20 @@ class Session:
         self.prompt_tokens = source.prompt_tokens
         for layer in self.cache.offloaded:
             prepare(layer)
+
+    @property
+    def pending(self) -> list[int]:
+        """The tokens that are not in the KV yet: the newest generated one, or a prompt's rest."""
+        return self.token_ids[self.cache.get_seq_length() :]
+
+    def take_fed(self, outcome: Tensor | BaseException, took_s: float) -> None:
+        """The one pending token was fed from outside in ``took_s``, with these logits [1, vocabulary] after it; what
+        went wrong is told, or mended, by this session's next step."""
+        if isinstance(outcome, BaseException):
+            self._fed_badly = outcome
+        else:
+            self._logits = outcome
+        self._computed, self._n_steps, self._step_s = self._computed + 1, self._n_steps + 1, self._step_s + took_s
 
     def step(self, token: int) -> Tensor:
         """Feed one token behind all others, under the budget; logits fp32 [vocabulary] of the next one."""
@@ -285,8 +300,7 @@ class Session:
         started = time.perf_counter()
         behind = len(self.token_ids) - self.cache.get_seq_length()
         logits = self._catch_up()
-        so_far = torch.tensor([self.token_ids], device=logits.device)
-        token = int(sampler.pick(logits, so_far))
+        token = int(sampler.pick(logits))
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -298,19 +312,28 @@ class Session:
     @torch.inference_mode()
     def _catch_up(self) -> Tensor:
         """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
-        for token in self.token_ids[self.cache.get_seq_length() :]:
+        if self._fed_badly is not None:
+            error, self._fed_badly = self._fed_badly, None
+            self._recover(error)
+        for token in self.pending:
             try:
                 self._computed += 1
                 self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
-            except IntegrityError as error:  # then this token and those behind it are prefilled
-                repair(self, error)
-                ttft_s = self._ttft_s
-                self.finish_prefill()
-                self._ttft_s = ttft_s
+            except IntegrityError as error:
+                self._recover(error)
                 break
         if self._logits is None:
             raise UsageError("prefill a prompt first: there is nothing to go on from")
         return self._logits
+
+    def _recover(self, error: BaseException) -> None:
+        """After a forward that failed: where a page is to blame, its tokens and those behind them are prefilled."""
+        if not isinstance(error, IntegrityError):
+            raise error
+        repair(self, error)
+        ttft_s = self._ttft_s
+        self.finish_prefill()
+        self._ttft_s = ttft_s
 
     def _bytes_moved(self) -> int:
         layers = self.cache.offloaded

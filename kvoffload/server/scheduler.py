@@ -13,13 +13,14 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from kvoffload.models.batch import FAILURES
 from kvoffload.runtime.engine import Runtime
 from kvoffload.server.errors import STOPPING, TIMED_OUT, Failure, RequestError, refuse, server_failure
 from kvoffload.server.job import Done, Job, Queued
 from kvoffload.server.kept import KeptSessions
 from kvoffload.server.metrics import Metrics
 from kvoffload.server.room import Room
-from kvoffload.server.sequence import FAILURES, Sequence, Stepper, as_failure, step_in_turn
+from kvoffload.server.sequence import Sequence, Stepper, as_failure, step_together
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Limits:
 
 
 class Scheduler:
-    """Runs jobs until it is closed; ``stepper`` makes one decode step of all that are prefilled."""
+    """Runs jobs until it is closed; ``stepper`` makes one decode step of all that are prefilled, in one forward where
+    none is given."""
 
-    def __init__(self, runtime: Runtime, limits: Limits, metrics: Metrics, *, stepper: Stepper = step_in_turn) -> None:
-        self._runtime, self._limits, self._metrics, self._stepper = runtime, limits, metrics, stepper
+    def __init__(self, runtime: Runtime, limits: Limits, metrics: Metrics, *, stepper: Stepper | None = None) -> None:
+        self._runtime, self._limits, self._metrics = runtime, limits, metrics
+        self._stepper = stepper or step_together(runtime)
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: list[Sequence] = []
