@@ -153,7 +153,7 @@ def serve(
     max_running: server_flags.MaxRunning = None, max_queue: server_flags.MaxQueue = None,
     max_body: server_flags.MaxBody = None, body_timeout: server_flags.BodyTimeout = None,
     request_timeout: server_flags.RequestTimeout = None, grace: server_flags.Grace = None,
-    keep_sessions: server_flags.KeepSessions = None,
+    keep_sessions: server_flags.KeepSessions = None, sessions: server_flags.Sessions = None,
     offload: flags.Offload = None, nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None,
     nvme_floor: flags.NvmeFloor = None, cpu_max: flags.CpuMax = None, verify: flags.Verify = None,
     budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,

@@ -1,10 +1,11 @@
 """``Runtime``: a model, a configuration, and sessions over them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from kvoffload_storage.bundle import Bundle
 from pydantic import ValidationError
 
 from kvoffload.config import RuntimeConfig, SamplingConfig, explain
@@ -14,10 +15,19 @@ from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
-from kvoffload.runtime.saving import SavedAs, fill_session, open_session_file, rewrite_if_scattered, take_write_lock
+from kvoffload.runtime.saving import (
+    SavedAs,
+    fill_session,
+    fill_with_prefix,
+    open_session_file,
+    rewrite_if_scattered,
+    take_write_lock,
+)
 from kvoffload.runtime.session import Session, StreamEvent
 from kvoffload.runtime.together import feed_ahead, stream_together
 from kvoffload.units import Budget
+
+T = TypeVar("T")
 
 
 def _settings(fields: dict[str, Any]) -> RuntimeConfig:
@@ -92,19 +102,18 @@ class Runtime:
         rotary settings or anchors; the storage package's IntegrityError where it is damaged."""
         return self._restore(Path(path), self.config)
 
+    def restore_prefix(
+        self, path: str | Path, prompt: list[int], *, expected_tokens: int = 0, budget: str | int | Budget | None = None
+    ) -> tuple[Session, int]:
+        """A session that begins with what the one saved at ``path`` has of the beginning of a prompt, and how many
+        tokens that are: sealed pages are read instead of being prefilled. The saved one stays as it is. Raises what
+        ``restore`` raises."""
+        session = self.session(expected_tokens=expected_tokens, budget=budget)
+        return session, _filled(session, Path(path), lambda bundle: fill_with_prefix(session, bundle, prompt))
+
     def _restore(self, path: Path, config: RuntimeConfig) -> Session:
         session = self._session(config, 0)
-        try:
-            bundle = open_session_file(path, config)
-            try:
-                fill_session(session, bundle)
-            except BaseException:
-                bundle.close()
-                raise
-            session.saved_as = SavedAs(bundle.path.absolute(), bundle.manifest, None)
-        except BaseException:
-            session.close()
-            raise
+        _filled(session, path, lambda bundle: fill_session(session, bundle))
         return session
 
     def open_session(self, path: str | Path, *, expected_tokens: int = 0) -> Session:
@@ -147,3 +156,19 @@ class Runtime:
             return
         check_parity(model, self.config)
         model._kvoffload_checked = True
+
+
+def _filled(session: Session, path: Path, fill: Callable[[Bundle], T]) -> T:
+    """Fill a new session from a session file; both are closed where that fails."""
+    try:
+        bundle = open_session_file(path, session.config)
+        try:
+            result = fill(bundle)
+        except BaseException:
+            bundle.close()
+            raise
+    except BaseException:
+        session.close()
+        raise
+    session.saved_as = SavedAs(bundle.path.absolute(), bundle.manifest, None)
+    return result

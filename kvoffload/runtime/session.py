@@ -274,10 +274,14 @@ class Session:
             saved.prompt_start,
             saved.unfinished or self.unfinished,
         )
-        self._restored = self.cache.get_seq_length()
+        self.note_restored()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
+
+    def note_restored(self) -> None:
+        """What the cache holds now came from a session file."""
+        self._restored = self.cache.get_seq_length()
 
     def _rng(self) -> Tensor | None:
         return self._generator if self._sampler is None else self._sampler.state

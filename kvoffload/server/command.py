@@ -43,6 +43,7 @@ class ServeSettings(Settings):
     request_timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     grace: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     keep_sessions: int = Field(default=4, ge=0)
+    sessions: Path | None = None
 
 
 def run_serve(given: Mapping[str, Any], config: Path | None, console: Console) -> int:
@@ -90,8 +91,11 @@ def build(loaded: LoadedModel, settings: ServeSettings) -> "Service":
     from kvoffload.server.room import Planner
     from kvoffload.server.scheduler import Limits, Scheduler
     from kvoffload.server.service import Options, Service
+    from kvoffload.server.stored import StoredSessions
 
     device, config = loaded.model.device, settings.runtime()
+    if config.nvme_dir is None and settings.sessions is not None:  # where page files can be linked into sessions
+        config = config.model_copy(update={"nvme_dir": settings.sessions})
     if config.prefill_chunk is None:
         config = config.model_copy(update={"prefill_chunk": _CHUNK.get(device.type, _CHUNK["cuda"])})
     planner = Planner(loaded.config, config, dtype=loaded.model.dtype, device=device)
@@ -107,7 +111,10 @@ def build(loaded: LoadedModel, settings: ServeSettings) -> "Service":
         body_timeout_s=settings.body_timeout,
         request_timeout_s=settings.request_timeout,
     )
-    return Service(loaded, Scheduler(Runtime(loaded, config), limits, metrics), planner, metrics, options)
+    runtime = Runtime(loaded, config)
+    stored = None if settings.sessions is None else StoredSessions(settings.sessions, runtime)
+    scheduler = Scheduler(runtime, limits, metrics, stored=stored)
+    return Service(loaded, scheduler, planner, metrics, options, stored=stored)
 
 
 def listen(service: "Service", listener: socket.socket, grace_s: float) -> None:

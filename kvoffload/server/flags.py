@@ -1,5 +1,6 @@
 """The flags that only ``kvoffload serve`` has."""
 
+from pathlib import Path
 from typing import Annotated
 
 from kvoffload.flags import flag
@@ -23,6 +24,11 @@ RequestTimeout = Annotated[
 Grace = Annotated[
     float | None, flag("--grace", help="Seconds that running requests may go on at shutdown.", default="10")
 ]
+Sessions = Annotated[
+    Path | None,
+    flag("--sessions", help="Folder of stored sessions: requests name theirs, and any prompt that begins like one "
+         "reads its pages.", default="none are stored"),
+]  # fmt: skip
 KeepSessions = Annotated[
     int | None,
     flag("--keep-sessions", help="Finished conversations whose KV is kept for a prompt that begins like one.",

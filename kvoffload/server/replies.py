@@ -84,7 +84,8 @@ def vendor(done: Done) -> dict[str, Any]:
         "charged_tokens_per_step", "charged_share", "hit_rate", "completion_mass", "resident_bytes", "ttft_s",
         "tpot_ms",
     )  # fmt: skip
-    return {name: getattr(done.stats, name) for name in names}
+    session = {} if done.stored is None else {"session": done.stored.as_dict()}
+    return {name: getattr(done.stats, name) for name in names} | session
 
 
 def sse(value: dict[str, Any]) -> bytes:
