@@ -31,6 +31,7 @@ from kvoffload.models.freeze import SharedKv
 from kvoffload.models.padding import note_padding
 from kvoffload.models.tagged import AttendingLayer
 from kvoffload.policies.base import Depth, Freezing
+from kvoffload.units import Budget
 from kvoffload.values import Partial, query_rows
 
 
@@ -274,6 +275,12 @@ class OffloadCache(DynamicCache):
             self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values,
             policies=self.policies, prefetch=self._prefetch,
         )  # fmt: skip
+
+    def set_budget(self, budget: Budget) -> None:
+        """What steps may read from now on, in the layers that have begun and in those to come."""
+        self.config = self.config.with_budget(budget)
+        for kv in self.offloaded:
+            kv.budget = kv.budget.spending(budget)
 
     def begin_with(self, stores: Sequence[Sealed]) -> None:
         """Layers that are built from now on begin with these pages; their files are closed with this cache."""

@@ -15,6 +15,7 @@ from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
+from kvoffload.runtime.events import StreamEvent
 from kvoffload.runtime.saving import (
     SavedAs,
     fill_session,
@@ -23,7 +24,7 @@ from kvoffload.runtime.saving import (
     rewrite_if_scattered,
     take_write_lock,
 )
-from kvoffload.runtime.session import Session, StreamEvent
+from kvoffload.runtime.session import Session
 from kvoffload.runtime.together import feed_ahead, stream_together
 from kvoffload.units import Budget
 
@@ -64,13 +65,8 @@ class Runtime:
     def session(self, *, expected_tokens: int = 0, budget: str | int | Budget | None = None) -> Session:
         """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth, ``budget`` stands
         in for the configuration's."""
-        if budget is None:
-            return self._session(self.config, expected_tokens)
-        try:
-            parsed = Budget.parse(budget)
-        except ValueError as error:
-            raise UsageError(f"budget: {error}") from None
-        return self._session(self.config.model_copy(update={"budget": parsed}), expected_tokens)
+        config = self.config if budget is None else self.config.with_budget(budget)
+        return self._session(config, expected_tokens)
 
     def _session(self, config: RuntimeConfig, expected_tokens: int) -> Session:
         if self.loaded is None:

@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from kvoffload_storage.errors import IntegrityError
@@ -17,29 +16,13 @@ from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
+from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
 from kvoffload.runtime.stats import Stats, collect
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a prefill is; ``bytes_moved`` counts what went to and came from the tiers so far."""
-
-    done_tokens: int
-    total_tokens: int
-    bytes_moved: int
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """One generated token and the text that became certain with it; the last one says why it is the last."""
-
-    text: str
-    token: int
-    finish: Literal["stop", "length"] | None = None
+from kvoffload.units import Budget
 
 
 class Session:
@@ -191,6 +174,11 @@ class Session:
         self._catch_up()
         self.token_ids.append(token)
         return self._catch_up()[0].float()
+
+    def set_budget(self, budget: str | int | Budget) -> None:
+        """What steps may read from now on; raises UsageError for what is no budget."""
+        self.config = self.config.with_budget(budget)
+        self.cache.set_budget(self.config.effective_budget)
 
     def crop(self, n_tokens: int) -> None:
         """Forget the newest tokens; raises UsageError if they are sealed already (only the recent window can go). The

@@ -8,7 +8,8 @@ import torch
 
 from kvoffload.config import SamplingConfig
 from kvoffload.models.batch import FAILURES, feed_together
-from kvoffload.runtime.session import Session, StreamEvent
+from kvoffload.runtime.events import StreamEvent
+from kvoffload.runtime.session import Session
 
 
 def feed_ahead(sessions: Sequence[Session]) -> None:

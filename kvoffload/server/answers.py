@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from kvoffload.runtime.session import Progress
+from kvoffload.runtime.events import Progress
 from kvoffload.server.errors import Failure, RequestError
 from kvoffload.server.job import Done, Job, Piece, Queued
 from kvoffload.server.replies import DONE, sse

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvoffload.config import SamplingConfig
-from kvoffload.runtime.session import Progress
+from kvoffload.runtime.events import Progress
 from kvoffload.runtime.stats import Stats
 from kvoffload.server.errors import Failure
 from kvoffload.server.room import Room

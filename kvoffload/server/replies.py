@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvoffload.runtime.session import Progress
+from kvoffload.runtime.events import Progress
 from kvoffload.server.job import Done
 
 DONE = b"data: [DONE]\n\n"

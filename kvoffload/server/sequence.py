@@ -7,7 +7,8 @@ from typing import Protocol
 from kvoffload.errors import KvoffloadError
 from kvoffload.models.batch import FAILURES
 from kvoffload.runtime.engine import Runtime
-from kvoffload.runtime.session import Progress, Session, StreamEvent
+from kvoffload.runtime.events import Progress, StreamEvent
+from kvoffload.runtime.session import Session
 from kvoffload.server.errors import Failure, server_failure
 from kvoffload.server.job import Done, Job, Piece
 

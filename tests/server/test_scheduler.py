@@ -8,8 +8,9 @@ from served import SMALL
 
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.events import Progress
 from kvoffload.runtime.limits import Limits as Free
-from kvoffload.runtime.session import Progress, Session
+from kvoffload.runtime.session import Session
 from kvoffload.server.errors import Failure, RequestError
 from kvoffload.server.job import Done, Job, Piece, Queued
 from kvoffload.server.metrics import Metrics
