@@ -48,8 +48,8 @@ async def _chunks(accepted: Accepted, *, with_usage: bool, with_progress: bool) 
         yield sse(chunk)
     while True:
         match await accepted.mailbox.get():
-            case Piece(text):
-                yield sse(reply.piece(text))
+            case Piece(text, layers):
+                yield sse(reply.piece(text, layers))
             case Progress() as progress if with_progress:
                 yield sse(reply.progress(progress, reply.prompt_tokens - progress.total_tokens, started_s))
             case Queued(position) if with_progress:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from kvoffload.server.answers import streamed, whole
 from kvoffload.server.errors import Failure, RequestError, refuse, server_failure
 from kvoffload.server.guard import KeyGuard, failure_response, read_body
+from kvoffload.server.page import add_page
 from kvoffload.server.protocol import ChatRequest, CompletionRequest, parse
 from kvoffload.server.service import Service
 
@@ -29,6 +30,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_api_route("/v1/chat/completions", _completions(service, ChatRequest), methods=["POST"])
     app.add_api_route("/v1/completions", _completions(service, CompletionRequest), methods=["POST"])
     _add_reports(app, service)
+    add_page(app)
     return app
 
 

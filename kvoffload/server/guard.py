@@ -8,9 +8,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvoffload.server.errors import Failure, refuse
+from kvoffload.server.page import PATHS
 from kvoffload.units import format_size
 
-_OPEN_PATHS = {"/health"}
+_OPEN_PATHS = {"/health", *PATHS}
 
 
 def failure_response(failure: Failure) -> JSONResponse:
@@ -18,7 +19,7 @@ def failure_response(failure: Failure) -> JSONResponse:
 
 
 class KeyGuard:
-    """Lets only requests with the key through, but for /health. Keys are compared in constant time."""
+    """Lets only requests with the key through, but for /health and the page. Keys are compared in constant time."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app, self._expected = app, b"Bearer " + api_key.encode()

@@ -8,6 +8,7 @@ from typing import Literal
 
 from kvoffload.config import SamplingConfig
 from kvoffload.runtime.events import Progress
+from kvoffload.runtime.layer_figures import LayerFigures
 from kvoffload.runtime.stats import Stats
 from kvoffload.server.errors import Failure
 from kvoffload.server.room import Room
@@ -16,9 +17,11 @@ from kvoffload.server.stored import Stored
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that became certain with one token; it may be empty."""
+    """Text that became certain with one token; it may be empty. ``layers`` say what the token's step did, if that is
+    wanted."""
 
     text: str
+    layers: LayerFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Job:
     send: Callable[[Event], None]
     budget: str | int | None = None
     store_as: str | None = None
+    with_layers: bool = False
     deadline_s: float | None = None
     arrived_s: float = field(default_factory=time.monotonic)
     _cancelled: threading.Event = field(default_factory=threading.Event)

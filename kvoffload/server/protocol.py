@@ -22,12 +22,13 @@ class _Strict(BaseModel):
 
 
 class Vendor(_Strict):
-    """What only kvoffload has: ``budget`` as in --budget, the name under which the session is stored, and chunks that
-    tell how far a streamed prefill is."""
+    """What only kvoffload has: ``budget`` as in --budget, the name under which the session is stored, and in a stream
+    chunks that tell how far the prefill is and what each token's step did in each layer."""
 
     budget: str | int | None = None
     session: SessionName | None = None
     return_progress: bool = False
+    return_layers: bool = False
 
     @field_validator("budget")
     @classmethod

@@ -8,6 +8,7 @@ from kvoffload.errors import KvoffloadError
 from kvoffload.models.batch import FAILURES
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.events import Progress, StreamEvent
+from kvoffload.runtime.layer_figures import LayerWatch
 from kvoffload.runtime.session import Session
 from kvoffload.server.errors import Failure, server_failure
 from kvoffload.server.job import Done, Job, Piece
@@ -23,6 +24,7 @@ class Sequence:
         session.begin_prefill(job.prompt[cached_tokens:])
         self._chunks = session.prefill_chunks()
         self._events: Generator[StreamEvent, None, None] = session.stream(job.sampling)  # type: ignore[assignment]
+        self._watch = LayerWatch()
         self.n_new = 0
         self._closed = False
 
@@ -47,8 +49,9 @@ class Sequence:
 
     def tell(self, event: StreamEvent) -> Done | None:
         """Send the client what a step gave; the end of the answer, if this was it."""
-        if event.text:
-            self.job.send(Piece(event.text))
+        layers = self._watch.take(self.session.cache.offloaded) if self.job.with_layers else None
+        if event.text or layers:
+            self.job.send(Piece(event.text, layers))
         if event.finish is None:
             return None
         self._events.close()

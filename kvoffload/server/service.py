@@ -90,6 +90,7 @@ class Service:
             send=mailbox.put,
             budget=request.kvoffload.budget,
             store_as=request.kvoffload.session,
+            with_layers=bool(request.stream) and request.kvoffload.return_layers,
             deadline_s=None if timeout_s is None else time.monotonic() + timeout_s,
         )
         position = self.scheduler.submit(job)
