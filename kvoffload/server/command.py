@@ -121,17 +121,15 @@ def listen(service: "Service", listener: socket.socket, grace_s: float) -> None:
     """Serve until a signal; then whoever waits is sent away at once, whoever runs has ``grace_s``."""
     import uvicorn
 
-    from kvoffload.server.app import make_app
+    from kvoffload.server.patience import server_config
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             service.scheduler.drain(grace_s)
             super().handle_exit(sig, frame)
 
-    config = uvicorn.Config(
-        make_app(service), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=5,
-        timeout_graceful_shutdown=max(round(grace_s + 1), 1), ws="none",
-    )  # fmt: skip
+    wait_s = max(round(grace_s + 1), 1)
+    config = server_config(service, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=wait_s)
     Server(config).run(sockets=[listener])
 
 

@@ -17,7 +17,10 @@ MaxQueue = Annotated[
     int | None, flag("--max-queue", help="Requests that wait; further ones are told to come back.", default="64")
 ]
 MaxBody = Annotated[str | None, flag("--max-body", help="Largest request body.", default="16MiB")]
-BodyTimeout = Annotated[float | None, flag("--body-timeout", help="Seconds a body may take to arrive.", default="30")]
+BodyTimeout = Annotated[
+    float | None,
+    flag("--body-timeout", help="Seconds a request may take to arrive, and an answer may go unread.", default="30"),
+]
 RequestTimeout = Annotated[
     float | None, flag("--request-timeout", help="Seconds a request may take, queue included.", default="no limit")
 ]
