@@ -107,6 +107,7 @@ def build(loaded: LoadedModel, settings: ServeSettings) -> "Service":
         sampling=settings.sampling(),
         chat_template=settings.chat_template,
         api_key=None if settings.api_key is None else settings.api_key.get_secret_value(),
+        is_local=settings.host in _LOCAL,
         max_body=settings.max_body,
         body_timeout_s=settings.body_timeout,
         request_timeout_s=settings.request_timeout,

@@ -1,7 +1,8 @@
-"""What stands before the routes: the key, and the size and pace of bodies."""
+"""What stands before the routes: the key, the name of the machine, and the size and pace of bodies."""
 
 import asyncio
 import hmac
+import re
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -35,6 +36,24 @@ class KeyGuard:
         told = "wrong API key" if given else "no API key: send it as 'Authorization: Bearer KEY'"
         failure = Failure(401, told, kind="authentication_error", code="invalid_api_key")
         await failure_response(failure)(scope, receive, send)
+
+
+class LocalNames:
+    """Lets only requests through that call this machine by a local name: a web page elsewhere can have a name of its
+    own lead here, and would then be taken for ours."""
+
+    _LOCAL = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = dict(scope["headers"]).get(b"host", b"") if scope["type"] == "http" else None
+        if host is None or self._LOCAL.fullmatch(host):
+            await self._app(scope, receive, send)
+            return
+        told = "without --api-key this server answers only to localhost, 127.0.0.1 and [::1]"
+        await failure_response(Failure(421, told, code="wrong_host"))(scope, receive, send)
 
 
 async def read_body(request: Request, *, most: int, timeout_s: float) -> bytes:

@@ -27,6 +27,7 @@ class Options:
     sampling: SamplingConfig
     chat_template: bool = True
     api_key: str | None = None
+    is_local: bool = True
     max_body: int = 16 << 20
     body_timeout_s: float = 30.0
     request_timeout_s: float | None = None

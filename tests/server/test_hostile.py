@@ -32,7 +32,7 @@ def connect(served):
 
 def request_bytes(body, *, length=None):
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {length or len(data)}\r\n\r\n".encode() + data
 
 
@@ -80,6 +80,18 @@ def test_only_the_key_opens_and_health_is_open(serve):
         assert http.get("/v1/models", headers={"Authorization": "Bearer a secret"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("fields", "host", "status"),
+    [({}, "evil.example", 421), ({}, "evil.example:8000", 421), ({}, "localhost.evil.example", 421), ({}, "", 421),
+     ({}, "LOCALHOST:1", 200), ({}, "[::1]:8000", 200), ({"api_key": "k"}, "evil.example", 200),
+     ({"host": "0.0.0.0"}, "a.example", 200)],
+)  # fmt: skip
+def test_a_page_elsewhere_cannot_reach_a_server_without_a_key_by_a_name_of_its_own(serve, fields, host, status):
+    served = serve(**fields)
+    with served.http() as http:
+        assert http.get("/v1/models", headers={"Host": host, "Authorization": "Bearer k"}).status_code == status
+
+
 def test_a_body_beyond_the_limit_is_refused_declared_or_not(serve):
     served = serve(max_body="4KiB")
 
@@ -111,7 +123,7 @@ def test_a_head_that_does_not_arrive_loses_its_connection(serve, begun):
         slow.sendall(begun)
         assert slow.recv(1000) == b""
     with connect(served) as second:  # after a whole request too
-        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea")
         while received := second.recv(1000):
             assert b"400" not in received
     served.until(lambda: open_files() <= before)
@@ -125,7 +137,7 @@ def test_who_reads_nothing_for_long_loses_the_connection(serve):
         limit_s = time.monotonic() + 20
         with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012 - one of many sends
             while time.monotonic() < limit_s:
-                deaf.sendall(b"GET /page.js HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+                deaf.sendall(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
     served.until(lambda: open_files() <= before)
     assert asked(served).status_code == 200
 
