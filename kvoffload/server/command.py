@@ -60,9 +60,12 @@ def run_serve(given: Mapping[str, Any], config: Path | None, console: Console) -
             dtype = pick_dtype(settings.dtype, load_config(source), device)
             loaded = load_model(source, dtype=dtype, device=device, tokenizer=tokenizer, on_progress=view.load)
             service = build(loaded, settings)
+            shares = service.scheduler.shares_forwards
         host, port = listener.getsockname()[:2]
         if settings.host not in _LOCAL and settings.api_key is None:
             view.warn(f"everybody who reaches {settings.host} can use this server: give --api-key")
+        if not shares:
+            view.say(f"{loaded.name} decodes requests one after the other: they cannot share a forward")
         view.say(f"serving {loaded.name} on http://{host}:{port}/v1")
         listen(service, listener, settings.grace)
     return 0

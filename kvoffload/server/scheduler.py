@@ -66,6 +66,11 @@ class Scheduler:
         return self._closing_at_s is None
 
     @property
+    def shares_forwards(self) -> bool:
+        """Whether a step of several requests is one forward; tried on the model the first time."""
+        return self._runtime.shares_forwards
+
+    @property
     def n_running(self) -> int:
         return len(self._running)
 
