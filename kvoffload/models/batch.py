@@ -43,18 +43,16 @@ class BatchLayer(AttendingLayer):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
     ) -> Partial:
-        n_heads, group = key.shape[1], query.shape[1] // key.shape[1]
-        nothing = Partial.empty(query.new_zeros(n_heads, group, 1, 1, dtype=torch.float32), value.shape[-1])
-        parts = []
-        for i, layer in enumerate(self._layers):
+        def attend_one(i: int, layer: OffloadLayer) -> Partial:
             own = slice(i, i + 1)
-            part = nothing
             if i not in self._failed:
                 try:
-                    part = layer.attend(query[own], key[own], value[own], None, scale=scale, softcap=softcap)
+                    return layer.attend(query[own], key[own], value[own], None, scale=scale, softcap=softcap)
                 except FAILURES as error:
                     self._failed[i] = error
-            parts.append(part)
+            return Partial.empty(query[i].float().unflatten(0, (key.shape[1], -1)), value.shape[-1])
+
+        parts = [attend_one(i, layer) for i, layer in enumerate(self._layers)]
         return Partial(torch.cat([part.output for part in parts]), torch.cat([part.lse for part in parts]))
 
     def get_seq_length(self) -> int:
