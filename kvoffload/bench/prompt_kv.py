@@ -50,13 +50,13 @@ class PromptKv:
             yield keys, values
 
     @torch.inference_mode()
-    def fill(self, cache: OffloadCache, model: Any, n_sequences: int, n_tokens: int) -> None:
-        """Give an empty cache of ours the first ``n_tokens`` tokens, and summarise them as after any prefill."""
-        with cache.prefilling():
-            model(self.ids[:n_sequences], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def fill(self, cache: OffloadCache, n_sequences: int, n_tokens: int) -> None:
+        """Give a cache of ours that has the real tokens the others up to ``n_tokens``, and summarise all of them as
+        after any prefill."""
         for i, layer in enumerate(cache.layers):
             assert isinstance(layer, OffloadLayer), "prompt_layers refuses bounded layers"
             assert layer.kv is not None, "its prefill was just made"
+            layer.kv.ready = False
             for keys, values in self.random(i, n_sequences, n_tokens):
                 layer.kv.append(keys.flatten(0, 1), values.flatten(0, 1))
                 layer.n_seen += keys.shape[2]

@@ -15,10 +15,10 @@ from kvoffload.bench.clock import Clock
 from kvoffload.bench.prompt_kv import PromptKv
 from kvoffload.buffers import tensor_bytes
 from kvoffload.config import RuntimeConfig
-from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.self_test import switch_attention
 from kvoffload.models.stock import ResidentStep, cache_tensors, stock_attention, stock_cache
+from kvoffload.runtime.session import Session
 from kvoffload.runtime.stats import Stats, collect
 from kvoffload.units import Budget
 
@@ -62,7 +62,7 @@ class Run(ABC):
 
 
 class OurRun(Run):
-    """Our runtime's decode path, as sessions and batches go through it."""
+    """Our runtime's decode path: a session's where there is one sequence, else that of batches."""
 
     def __init__(self, model: Any, config: RuntimeConfig, kv: PromptKv, case: Case) -> None:
         switch_attention(model)
@@ -70,14 +70,28 @@ class OurRun(Run):
         if case.exactly:
             config = config.model_copy(update={"budget": FULL})
         self._tier = config.offload
-        self.cache = OffloadCache(model.config, config, expected_tokens=case.n_tokens + case.room)
+        self._session = Session(model, None, config, expected_tokens=case.n_tokens + case.room)
+        self.cache = self._session.cache
         try:
-            kv.fill(self.cache, model, case.n_sequences, case.n_tokens)
+            self._fill(kv, case)
         except BaseException:
             self.cache.close()
             raise
 
+    @torch.inference_mode()
+    def _fill(self, kv: PromptKv, case: Case) -> None:
+        """The real tokens by a prefill, the others directly."""
+        if case.n_sequences == 1:
+            self._session.prefill(kv.ids[0])
+        else:
+            with self.cache.prefilling():
+                self._model(kv.ids[: case.n_sequences], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        kv.fill(self.cache, case.n_sequences, case.n_tokens)
+        self._session.token_ids += [0] * (case.n_tokens - len(self._session.token_ids))
+
     def step(self, ids: Tensor) -> Tensor:
+        if self._case.n_sequences == 1:
+            return self._session.step(int(ids))[None]
         return feed(self._model, self.cache, ids)[:, -1]
 
     def start(self) -> None:
