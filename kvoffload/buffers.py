@@ -1,7 +1,25 @@
-"""A tensor that grows along its second dimension, for digests and summaries that are kept per page."""
+"""A tensor that grows along its second dimension, for digests and summaries that are kept per page, and room in which
+it keeps shape and address."""
 
 import torch
 from torch import Tensor
+
+
+class Room:
+    """A fixed number of places for pages, so that what a step reads keeps its shapes and addresses while pages come.
+    ``beyond`` bool [n_pages] is true for places that have no page yet; who owns the room keeps it so."""
+
+    def __init__(self, n_pages: int, page_size: int, device: torch.device) -> None:
+        self.n_pages, self.n_tokens = n_pages, n_pages * page_size
+        self.beyond = torch.ones(n_pages, dtype=torch.bool, device=device)
+
+    def fill(self, n_used: int) -> None:
+        """The first ``n_used`` places have pages."""
+        self.beyond[:n_used].fill_(False)
+
+    def bound(self, scores: Tensor) -> Tensor:
+        """Scores [..., n_pages], -inf where no page is; in place."""
+        return scores.masked_fill_(self.beyond, -torch.inf)
 
 
 class Growing:
@@ -10,33 +28,49 @@ class Growing:
     def __init__(self) -> None:
         self._data: Tensor | None = None
         self._length = 0
+        self._held: int | None = None
 
     def __len__(self) -> int:
         return self._length
 
     @property
     def view(self) -> Tensor:
+        """What was appended; while held, with the zeros behind it."""
         assert self._data is not None, "nothing was appended yet"
-        return self._data[:, : self._length]
+        return self._data[:, : self._length if self._held is None else self._held]
 
     @property
     def used_bytes(self) -> int:
-        return 0 if self._data is None else self.view.numel() * self._data.itemsize
+        return 0 if self._data is None else self._data[:, : self._length].numel() * self._data.itemsize
 
     def append(self, rows: Tensor) -> None:
         """Add rows [rows, k, ...] at the end."""
         end = self._length + rows.shape[1]
         if self._data is None or end > self._data.shape[1]:
-            grown = rows.new_empty(rows.shape[0], max(end, 2 * self._length), *rows.shape[2:])
-            if self._data is not None:
-                grown[:, : self._length] = self.view
-            self._data = grown
+            self._replace(rows.new_empty(rows.shape[0], max(end, 2 * self._length), *rows.shape[2:]))
+        assert self._data is not None, "it was made just now"
         self._data[:, self._length : end] = rows
         self._length = end
 
     def truncate(self, length: int) -> None:
         """Forget everything behind the first ``length`` entries."""
         self._length = min(length, self._length)
+
+    def hold(self, n: int | None) -> None:
+        """Make ``view`` ``n`` entries long, zeros behind those that were appended, and leave it where it is as long as
+        no more are; None ends that. Something must have been appended."""
+        self._held = n
+        if n is None:
+            return
+        assert self._data is not None, "nothing was appended yet"
+        if n > self._data.shape[1]:
+            self._replace(self._data.new_empty(self._data.shape[0], n, *self._data.shape[2:]))
+        self._data[:, self._length : n] = 0
+
+    def _replace(self, larger: Tensor) -> None:
+        if self._data is not None:
+            larger[:, : self._length] = self._data[:, : self._length]
+        self._data = larger
 
 
 def tensor_bytes(*tensors: Tensor) -> int:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from kvoffload_kernels.dense_attention.reference import weigh
-from kvoffload_kernels.merge.reference import merge as merge_partials
+from kvoffload_kernels.dispatch import merge_parts
 from torch import Tensor
+
+from kvoffload.buffers import page_mask
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Partial:
 
 def merge(partials: Sequence[Partial]) -> Partial:
     """One partial over the union of disjoint key sets; empty ones change nothing, to the bit."""
-    return reduce(lambda a, b: Partial(*merge_partials(a.output, a.lse, b.output, b.lse)), partials)
+    return Partial(*merge_parts([p.output for p in partials], [p.lse for p in partials]))
 
 
 def query_rows(heads: Tensor) -> Tensor:
@@ -158,6 +159,10 @@ class Fetched:
         """0 where a token counts and -inf elsewhere, fp32 [F, S]."""
         zeros = torch.zeros(self.keys.shape[:2], device=self.keys.device)
         return zeros if self.valid is None else zeros.masked_fill(~self.valid, -torch.inf)
+
+    def mask(self, rows: int, n_pages: int) -> Tensor:
+        """Which pages of each query row these are, bool [rows * Q, P]."""
+        return page_mask(self.page_ids, self.row_ids, rows, n_pages)
 
     def clone(self) -> "Fetched":
         """With slices of its own."""

@@ -2,7 +2,7 @@
 
 import torch
 from kvoffload_kernels.dense_attention.reference import soft_cap
-from kvoffload_kernels.sparse_decode.reference import attend_slices
+from kvoffload_kernels.dispatch import attend_slices
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
-from kvoffload_kernels.cache_slots.reference import assign_slots
+from kvoffload_kernels.dispatch import assign_slots
 from torch import Tensor
 
 from kvoffload.buffers import tensor_bytes

@@ -8,10 +8,11 @@ order in (q - q0).
 from typing import Literal
 
 import torch
+from kvoffload_kernels.dispatch import estimate_rest
 from pydantic import Field
 from torch import Tensor
 
-from kvoffload.completion.base import Completion, per_query
+from kvoffload.completion.base import Completion
 from kvoffload.completion.offset import OffsetsConfigBase
 from kvoffload.completion.segments import Segments
 from kvoffload.geometry import Geometry
@@ -49,9 +50,7 @@ class AnchoredCompletion(Completion):
         self._segments.absorb(pages)
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
-        rest = self._segments.without(fetched, query)
-        tilt = query - per_query(self._segments.anchor, query)[:, None]
-        return Partial.weigh(tilt @ rest.keys.transpose(-1, -2) + rest.log_mass[:, None], rest.values)
+        return Partial(*estimate_rest(query, self._segments.sums(), self._segments.slices(fetched)))
 
     @property
     def state_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import page_mask, tensor_bytes
+from kvoffload.buffers import tensor_bytes
 from kvoffload.completion.base import Completion, CompletionConfigBase, per_query
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages, Partial
@@ -45,7 +45,7 @@ class MeanValueCompletion(Completion):
         taken = _sums(fetched.values, fetched.log_valid())
         left = per_query(self._sums, query).index_add(0, fetched.row_ids, taken, alpha=-1)
         mean = left[:, :-1] / left[:, -1:].clamp_min(1.0)
-        read = page_mask(fetched.page_ids, fetched.row_ids, *scores.shape[::2])
+        read = fetched.mask(*scores.shape[::2])
         lse = scores.masked_fill(read[:, None], -torch.inf).logsumexp(-1)
         remains = ~lse.isneginf() & (left[:, -1:] > 0.5)
         return Partial(mean[:, None].expand(*lse.shape, -1), lse).masked(remains)

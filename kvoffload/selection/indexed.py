@@ -26,8 +26,7 @@ class IndexedSelector(Selector):
         self.index.absorb(pages)
 
     def score(self, query: Tensor) -> Tensor:
-        logits = self.index.score(query)
-        return logits.view(*logits.shape[:2], -1, self._page_size).logsumexp(-1)
+        return self.index.score_pages(query, self._page_size)
 
     @property
     def index_bytes(self) -> int:
