@@ -41,7 +41,7 @@ class Growing:
 
     @property
     def used_bytes(self) -> int:
-        return 0 if self._data is None else self._data[:, : self._length].numel() * self._data.itemsize
+        return 0 if self._data is None else self._data[:, 0].numel() * self._length * self._data.itemsize
 
     def append(self, rows: Tensor) -> None:
         """Add rows [rows, k, ...] at the end."""
@@ -78,7 +78,10 @@ def tensor_bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.itemsize for t in tensors)
 
 
-def page_mask(page_ids: Tensor, row_ids: Tensor, rows: int, n_pages: int) -> Tensor:
-    """bool [rows, P], true at the given (row, page) pairs."""
-    mask = torch.zeros(rows * n_pages, dtype=torch.bool, device=page_ids.device)
-    return mask.index_fill_(0, row_ids * n_pages + page_ids, True).view(rows, n_pages)
+def page_mask(page_ids: Tensor, row_ids: Tensor, rows: int, n_pages: int, wanted: Tensor | None = None) -> Tensor:
+    """bool [rows, P], true at the given (row, page) pairs, or at those of them that are ``wanted`` (bool [F])."""
+    mask = torch.zeros(rows * n_pages + 1, dtype=torch.bool, device=page_ids.device)
+    places = row_ids * n_pages + page_ids
+    if wanted is not None:
+        places = torch.where(wanted, places, rows * n_pages)
+    return mask.index_fill_(0, places, True)[:-1].view(rows, n_pages)

@@ -1,7 +1,7 @@
 """The values that cross module borders: partial attentions, sealed pages, selections and fetched slices."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from kvoffload_kernels.dense_attention.reference import weigh
@@ -119,11 +119,13 @@ class KeySample:
 @dataclass(frozen=True)
 class Selection:
     """Slices to read in one layer and forward: int64 [F] each, distinct pairs, in no particular order. ``row_ids``
-    count query rows: the ``n_queries`` queries of row g are g * n_queries and those after it."""
+    count query rows: the ``n_queries`` queries of row g are g * n_queries and those after it. Where ``wanted`` bool [F]
+    is given, the others are no slices: they fill the lists of a step of fixed shapes."""
 
     row_ids: Tensor
     page_ids: Tensor
     n_queries: int = 1
+    wanted: Tensor | None = None
 
     def __len__(self) -> int:
         return self.row_ids.shape[0]
@@ -134,7 +136,8 @@ class Selection:
         return self.row_ids if self.n_queries == 1 else self.row_ids // self.n_queries
 
     def to(self, device: torch.device) -> "Selection":
-        return Selection(self.row_ids.to(device), self.page_ids.to(device), self.n_queries)
+        wanted = None if self.wanted is None else self.wanted.to(device)
+        return Selection(self.row_ids.to(device), self.page_ids.to(device), self.n_queries, wanted)
 
     def by_query(self) -> "list[Selection]":
         """One selection for each of a row's queries, as single steps would ask; waits for the device."""
@@ -147,13 +150,15 @@ class Selection:
 @dataclass(frozen=True)
 class Fetched:
     """Selected slices on the device: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, ids int64 [F];
-    ``row_ids`` count query rows."""
+    ``row_ids`` count query rows. Where ``wanted`` bool [F] is given, the others are no slices, and nothing in them is
+    valid."""
 
     keys: Tensor
     values: Tensor
     valid: Tensor | None
     row_ids: Tensor
     page_ids: Tensor
+    wanted: Tensor | None = None
 
     def log_valid(self) -> Tensor:
         """0 where a token counts and -inf elsewhere, fp32 [F, S]."""
@@ -162,11 +167,11 @@ class Fetched:
 
     def mask(self, rows: int, n_pages: int) -> Tensor:
         """Which pages of each query row these are, bool [rows * Q, P]."""
-        return page_mask(self.page_ids, self.row_ids, rows, n_pages)
+        return page_mask(self.page_ids, self.row_ids, rows, n_pages, self.wanted)
 
     def clone(self) -> "Fetched":
         """With slices of its own."""
-        return Fetched(self.keys.clone(), self.values.clone(), self.valid, self.row_ids, self.page_ids)
+        return replace(self, keys=self.keys.clone(), values=self.values.clone())
 
     @staticmethod
     def join(parts: Sequence["Fetched"]) -> "Fetched":
@@ -174,7 +179,8 @@ class Fetched:
         if len(parts) == 1:
             return parts[0]
         valid = None if parts[0].valid is None else torch.cat([p.valid for p in parts if p.valid is not None])
+        wanted = None if parts[0].wanted is None else torch.cat([p.wanted for p in parts if p.wanted is not None])
         keys, values, rows, pages = (
             torch.cat(t) for t in zip(*[(p.keys, p.values, p.row_ids, p.page_ids) for p in parts], strict=True)
         )
-        return Fetched(keys, values, valid, rows, pages)
+        return Fetched(keys, values, valid, rows, pages, wanted)

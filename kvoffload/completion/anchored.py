@@ -53,6 +53,10 @@ class AnchoredCompletion(Completion):
         return Partial(*estimate_rest(query, self._segments.sums(), self._segments.slices(fetched)))
 
     @property
+    def can_hold(self) -> bool:
+        return True
+
+    @property
     def state_bytes(self) -> int:
         return self._segments.state_bytes
 

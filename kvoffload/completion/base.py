@@ -54,6 +54,12 @@ class Completion(ABC):
         the query's device only where ``uses_scores`` says that they are needed."""
 
     @property
+    def can_hold(self) -> bool:
+        """Whether an estimate may be part of steps of fixed shapes: it reads only tensors that pages and ``refresh``
+        change in place, scores and index held in room, and right after a ``refresh`` does nothing else."""
+        return False
+
+    @property
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of the summary, all of them touched in each step."""

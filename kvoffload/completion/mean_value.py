@@ -51,6 +51,10 @@ class MeanValueCompletion(Completion):
         return Partial(mean[:, None].expand(*lse.shape, -1), lse).masked(remains)
 
     @property
+    def can_hold(self) -> bool:
+        return True
+
+    @property
     def state_bytes(self) -> int:
         return tensor_bytes(self._sums)
 

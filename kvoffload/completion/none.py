@@ -36,5 +36,9 @@ class NoCompletion(Completion):
         return Partial.empty(query, self._value_dim)
 
     @property
+    def can_hold(self) -> bool:
+        return True
+
+    @property
     def state_bytes(self) -> int:
         return 0

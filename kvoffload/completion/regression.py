@@ -96,6 +96,10 @@ class RegressionCompletion(Completion):
         return Partial(values.reshape(*query.shape[:2], -1), mean.lse).masked(~mean.lse.isneginf())
 
     @property
+    def can_hold(self) -> bool:
+        return self._n_tokens > 0 and self.index is not None and self.index.can_hold
+
+    @property
     def state_bytes(self) -> int:
         return tensor_bytes(self._map)
 
@@ -121,7 +125,7 @@ class RegressionCompletion(Completion):
         counts = valid.sum(1)[:, None, None]
         mean = (features * valid[..., None]).sum(1, keepdim=True) / counts.clamp_min(1)
         fresh = (self._moments[0, :, :1, :1] == 0) & (counts > 0)
-        self._centre = torch.where(fresh, mean, self._centre)
+        self._centre.copy_(torch.where(fresh, mean, self._centre))
 
     def _mean_features(self, query: Tensor, fetched: Fetched) -> Partial:
         """Attention of scaled queries [rows * Q, R, D] over the features of every token that was not fetched: a partial
@@ -155,7 +159,7 @@ class RegressionCompletion(Completion):
         self._fitted_tokens = self._n_tokens
         tiny = torch.finfo(torch.float32).tiny
         moments = (self._moments / self._moments[..., :1, :1].clamp_min(tiny)).mean(0)
-        self._map = least_squares(moments, self._ridge)
+        self._map.copy_(least_squares(moments, self._ridge))
 
 
 def least_squares(moments: Tensor, ridge: float) -> Tensor:

@@ -118,6 +118,10 @@ class SketchCompletion(RegressionCompletion):
         return super().estimate(query, fetched, scores)
 
     @property
+    def can_hold(self) -> bool:
+        return False
+
+    @property
     def state_bytes(self) -> int:
         rests = 0 if self._rests is None else self._rests.index_bytes
         return super().state_bytes + self._waiting.used_bytes + rests

@@ -138,7 +138,7 @@ class Padding:
     def absorb(self, pages: Pages) -> None:
         if pages.valid is not None:
             missing = (~pages.valid).sum((1, 2))[:, None, None]
-            self._missing = missing if self._missing is None else self._missing + missing
+            self._missing = missing if self._missing is None else self._missing.add_(missing)  # stays where it is
 
     @property
     def missing(self) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from kvoffload.buffers import Room
 from kvoffload.index.base import KeyIndex
 from kvoffload.selection.base import Selector
 from kvoffload.values import KeySample, Pages
@@ -27,6 +28,13 @@ class IndexedSelector(Selector):
 
     def score(self, query: Tensor) -> Tensor:
         return self.index.score_pages(query, self._page_size)
+
+    @property
+    def can_hold(self) -> bool:
+        return self.index.can_hold
+
+    def hold(self, room: Room | None) -> None:
+        self.index.hold(room)
 
     @property
     def index_bytes(self) -> int:
