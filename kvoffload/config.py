@@ -163,6 +163,7 @@ class RuntimeConfig(BaseModel):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     self_test: bool = True
     strict_context: bool = False
+    cuda_graph: Literal["auto", "off"] = "auto"
 
     @model_validator(mode="after")
     def _check_together(self) -> "RuntimeConfig":

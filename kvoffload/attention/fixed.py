@@ -7,6 +7,7 @@ they are, up to the room that they have been given; then all of them get a large
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,17 @@ def decode_fixed(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor)
     return result
 
 
+class Lists(NamedTuple):
+    """The lists of a layer's selection: how many there are, and how many slices are in each."""
+
+    n_lists: int
+    length: int
+
+    @property
+    def n_slices(self) -> int:
+        return self.n_lists * self.length
+
+
 class FixedSteps:
     """The host's part of the steps of all layers of one cache. For each of them: ``advance``, then ``decode_fixed`` on
     every layer, then ``finish``. ``version`` changes when tensors have moved or shapes have changed: what was captured
@@ -46,7 +58,9 @@ class FixedSteps:
         self._bucket = max(room_tokens // layers[0].geometry.page_size, 1)
         self.version = 0
         self._room = Room(0, layers[0].geometry.page_size, torch.device("cpu"))
-        self._parts: list[tuple[Held | None, object, object]] = []
+        self._parts: list[tuple[Held | None, object, object]] = []  # of each layer, when it was held
+        self._lists: list[Lists] = []  # of each layer in the step that comes or was last
+        self._longest: list[Lists] = []
         self._n_tokens = 0
 
     @staticmethod
@@ -60,8 +74,9 @@ class FixedSteps:
 
     def advance(self) -> bool:
         """Count the new token, seal the page that it pushes out of the window, and tell the device where everything is.
-        False, and nothing was done, where there is no memory for fixed shapes."""
+        False, and nothing was done, where steps cannot have fixed shapes."""
         n_pages = self._layers[0].n_pages + (self._layers[0].anchors.n_unsealing == 0)
+        self._lists = [_lists(layer, layer.budget(layer.n_tokens + 1), n_pages) for layer in self._layers]
         if (n_pages > self._room.n_pages or self._is_stale()) and not self._hold(n_pages):
             return False
         for layer in self._layers:
@@ -72,24 +87,24 @@ class FixedSteps:
 
     def finish(self) -> None:
         """Account for the step; then comes the upkeep that is due."""
-        for layer in self._layers:
+        for layer, lists in zip(self._layers, self._lists, strict=True):
             assert layer.held is not None, "between advance and finish"
             layer.meter.scored_rows += layer.geometry.rows
-            n_lists, length = self._lists(layer)
-            layer.fetch.note(layer.geometry.n_sequences * n_lists * length)
+            layer.fetch.note(lists.n_slices)
             layer.end_steps(layer.held.query, 1)
 
     def _is_stale(self) -> bool:
-        """Whether something else has been done to the layers than steps like these."""
+        """Whether something else has been done to the layers than steps like these, or the budget buys more slices than
+        a selection has."""
         return self._n_tokens != self._layers[0].n_tokens or any(
-            layer.held is not held or layer.selector is not selector or layer.completion is not completion
-            for layer, (held, selector, completion) in zip(self._layers, self._parts, strict=True)
+            part != (layer.held, layer.selector, layer.completion) or lists.n_slices > longest.n_slices
+            for layer, part, lists, longest in zip(self._layers, self._parts, self._lists, self._longest, strict=True)
         )
 
     def _hold(self, n_pages: int) -> bool:
         """Give all layers room for ``n_pages`` pages and some more."""
         n_places = -(-(n_pages + 1) // self._bucket) * self._bucket
-        if not self._layers[0].store.reserve(n_places):
+        if not self.possible(self._layers) or not self._layers[0].store.reserve(n_places):
             return False
         anchors = self._layers[0].anchors
         device = anchors.keys.device
@@ -97,39 +112,43 @@ class FixedSteps:
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         self._seen = torch.zeros_like(anchors.seen(1))
         self._wanted = torch.zeros(len(self._layers), dtype=torch.int64, device=device)
-        self._lengths: list[int] = []
-        self._n_told = -1
-        for layer, wanted in zip(self._layers, self._wanted, strict=True):
-            layer.hold(self._held_by(layer, wanted))
+        self._told: tuple[int, list[int]] = (-1, [])
+        self._longest = [self._when_full(layer, now) for layer, now in zip(self._layers, self._lists, strict=True)]
+        for i, (layer, now, longest) in enumerate(zip(self._layers, self._lists, self._longest, strict=True)):
+            shape = layer.geometry
+            query = torch.zeros(shape.rows, shape.group_size, shape.key_dim, device=device)
+            wanted = None if now == longest else self._wanted[i]
+            layer.hold(Held(self._room, self._place, self._seen, longest.n_slices // shape.n_sequences, wanted, query))
         self._parts = [(layer.held, layer.selector, layer.completion) for layer in self._layers]
         self.version += 1
         return True
 
-    def _held_by(self, layer: LayerCache, wanted: Tensor) -> Held:
-        """The length of a selection is what the budget buys when the room is full; where that is what it buys now, all
-        of it is wanted all the time."""
-        shape, n_last = layer.geometry, self._room.n_tokens + layer.anchors.keys.shape[1]
-        n_slices = min(layer.budget(n_last), self._room.n_pages * shape.n_kv_heads)
-        constant = layer.budget(layer.n_tokens) == n_slices <= layer.n_pages * shape.n_kv_heads
-        query = torch.zeros(shape.rows, shape.group_size, shape.key_dim, device=wanted.device)
-        return Held(self._room, self._place, self._seen, n_slices, None if constant else wanted, query)
+    def _when_full(self, layer: LayerCache, now: Lists) -> Lists:
+        """What the budget buys when the room is full, but no more than the page cache has places for as long as it has
+        enough. Where that is what it buys now, all of a selection is wanted in every step."""
+        n_last, places = self._room.n_tokens + layer.anchors.keys.shape[1], layer.fetch.slots.places
+        longest = _lists(layer, layer.budget(n_last), self._room.n_pages)
+        if places is None or not now.n_slices <= places < longest.n_slices:
+            return longest
+        return _lists(layer, places // layer.geometry.n_sequences, self._room.n_pages)
 
     def _tell(self, n_pages: int) -> None:
         """Bring the device's tensors up to date for the step that comes."""
         anchors, self._n_tokens = self._layers[0].anchors, self._layers[0].n_tokens
+        n_told, lengths = self._told
         self._place.fill_(anchors.newest_place)
-        if n_pages == self._n_told:
+        if n_pages == n_told:
             self._seen.index_fill_(2, self._place, True)
         else:
             self._seen.copy_(anchors.seen(1))
             self._room.fill(n_pages)
-            self._n_told = n_pages
-        lengths = [self._lists(layer)[1] for layer in self._layers]
-        if lengths != self._lengths:
-            self._wanted.copy_(torch.tensor(lengths))
-            self._lengths = lengths
+        self._told = (n_pages, [lists.length for lists in self._lists])
+        if self._told[1] != lengths:
+            self._wanted.copy_(torch.tensor(self._told[1]))
 
-    @staticmethod
-    def _lists(layer: LayerCache) -> tuple[int, int]:
-        """How many lists a sequence has, and the slices of each that the step may read."""
-        return list_sizes(layer.budget(layer.n_tokens), layer.n_pages, layer.geometry.n_kv_heads, layer.pool)
+
+def _lists(layer: LayerCache, n_slices: int, n_pages: int) -> Lists:
+    """The lists that a budget of so many slices a sequence gives."""
+    shape = layer.geometry
+    n_lists, length = list_sizes(n_slices, n_pages, shape.n_kv_heads, layer.pool)
+    return Lists(shape.n_sequences * n_lists, length)

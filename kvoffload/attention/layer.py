@@ -75,7 +75,7 @@ class Anchored:
     n_pages: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
     """What steps of fixed shapes (attention/fixed.py) find in the same place every time: the room for pages, where in
     the anchors the new token goes (int64 [1]), which places are seen then (bool [rows or 1, 1, A]), the length of a

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
+from kvoffload.attention.fixed import decode_fixed
 from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefetch import Prefetch
@@ -90,6 +91,9 @@ class OffloadLayer(CacheLayerMixin):
             raise OutOfRoomError(str(error)) from error
 
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+        if self._cache.fixed:
+            return _as_heads(kv, decode_fixed(kv, query_rows(q), k, v))
+        kv.hold(None)
         if self._cache.rectifies:
             return prefill(kv, q, k, v, kv.fetch.decode)
         one_by_one = q.shape[2] == 1 or self._cache.stepping
@@ -102,9 +106,7 @@ class OffloadLayer(CacheLayerMixin):
         n_new = q.shape[2] - kv.n_revised
         if n_new > kv.run_length(n_new):
             raise UsageError(f"{n_new} tokens in one forward: at most {kv.run_length(n_new)} can be decoded")
-        step = decode(kv, query_rows(q), k, v)
-        output, lse = (t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse))
-        return Partial(output, lse)
+        return _as_heads(kv, decode(kv, query_rows(q), k, v))
 
     def copy_prefill(self, sources: "Sequence[OffloadLayer]") -> None:
         """Take over other layers' tokens as if they had been prefilled here, several as sequences side by side; nothing
@@ -128,11 +130,10 @@ class OffloadLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.n_seen + query_length, 0
 
-    def get_max_length(self) -> int:
-        return -1
-
     def get_max_cache_shape(self) -> int:
         return -1
+
+    get_max_length = get_max_cache_shape
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (transformers passes their number, negative or not); sealed ones cannot go."""
@@ -151,6 +152,11 @@ class OffloadLayer(CacheLayerMixin):
         raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")
 
     batch_repeat_interleave = batch_select_indices = reorder_cache
+
+
+def _as_heads(kv: LayerCache, step: Partial) -> Partial:
+    """A partial in query rows as [rows, R, Q, ...]."""
+    return Partial(*(t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse)))
 
 
 class OffloadCache(DynamicCache):
@@ -175,7 +181,7 @@ class OffloadCache(DynamicCache):
         for place, i in enumerate(unbounded):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)
-        self.config, self.exact, self.stepping, self.rectifies = config, False, False, False
+        self.config, self.exact, self.stepping, self.rectifies, self.fixed = config, False, False, False, False
         self.policies = [policy.build() for policy in config.policy]
         self.anew = Anew(self.policies)
         self._shared_kv = SharedKv(self.freezing) if self.freezing and self.freezing.what == "kv" else None
@@ -290,11 +296,10 @@ class OffloadCache(DynamicCache):
         if shape not in self._stores:
             capacity = -(-self._expected_tokens // geometry.page_size)
             opened = open_store(self.config, shape, capacity, keys.device, self._sealed.get(shape))
-            mirror = opened.mirror
             self._stores[shape] = self.wrap_store(opened.store)
             self.copied_read += opened.read
-            if mirror is not None:
-                self._mirrors[shape] = mirror
+            if opened.mirror is not None:
+                self._mirrors[shape] = opened.mirror
             self._staging[shape] = Staging(shape.slice_bytes, keys.device)
         store, staging = self._stores[shape], self._staging[shape]
         return build_layer(
