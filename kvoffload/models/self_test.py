@@ -69,10 +69,11 @@ def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
 
 
 def own_attention(model: Any, before: str) -> str:
-    """The attention to compare with: eager where sdpa would leave out soft-capping or sinks."""
+    """The attention to compare with: the library's fused one; eager where that would leave out soft-capping or sinks,
+    or where the model came with it."""
     config = model.config.get_text_config(decoder=True)
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return "eager" if capped or not model._supports_sdpa or before in ("eager", NAME) else "sdpa"
+    return "eager" if capped or not model._supports_sdpa or before == "eager" else "sdpa"
 
 
 def _refused(model: Any, why: str) -> UnsupportedModelError:
