@@ -227,6 +227,15 @@ class RuntimeConfig(BaseModel):
         return max(self._shares, default=1.0)
 
     @property
+    def replays_steps(self) -> bool:
+        """Whether decode steps are replays of a captured graph, on devices that have such graphs and for models whose
+        steps can be captured."""
+        waits = self.policy or self.gate or self.audit is not None or self.max_dropped_mass is not None
+        fixed = self.selector.holds and all(completion.holds for completion in self.completion)
+        on_device = self.offload != "nvme" and self.index == "device"
+        return self.cuda_graph == "auto" and fixed and on_device and not waits
+
+    @property
     def effective_budget(self) -> Budget:
         """The budget given, or 5% when the KV is offloaded and everything when it is not."""
         return self.budget or Budget.parse("100%" if self.offload == "none" else "5%")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvoffload.attention.decode import anchor_logits
-from kvoffload.attention.layer import Held, LayerCache
+from kvoffload.attention.layer import Fixed, LayerCache
 from kvoffload.buffers import Room
 from kvoffload.selection.topk import list_sizes
 from kvoffload.values import Partial, merge
@@ -25,15 +25,15 @@ ROOM_TOKENS = 4096
 def decode_fixed(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
     """The device's part of ``decode`` of one token a row that ``FixedSteps.advance`` has counted: query [rows, R, D],
     keys [rows, 1, D] and values [rows, 1, Dv] to a partial [rows, R]."""
-    held = layer.held
-    assert held is not None, "between advance and finish"
-    layer.anchors.put(keys, values, held.place)
+    fixed = layer.fixed
+    assert fixed is not None, "between advance and finish"
+    layer.anchors.put(keys, values, fixed.place)
     query = query.float() * layer.geometry.scale
-    read = layer.reading.attend(layer, query, anchor_logits(layer, query, held.seen))
+    read = layer.reading.attend(layer, query, anchor_logits(layer, query, fixed.seen))
     result = merge([read.exact, read.remainder])
     layer.meter.add_mass((read.remainder.lse - result.lse).exp(), 1)
     if layer.upkeep:
-        held.query.copy_(query)
+        fixed.query.copy_(query)
     return result
 
 
@@ -58,7 +58,7 @@ class FixedSteps:
         self._bucket = max(room_tokens // layers[0].geometry.page_size, 1)
         self.version = 0
         self._room = Room(0, layers[0].geometry.page_size, torch.device("cpu"))
-        self._parts: list[tuple[Held | None, object, object]] = []  # of each layer, when it was held
+        self._parts: list[tuple[Fixed | None, object, object]] = []  # of each layer, when its steps were fixed
         self._lists: list[Lists] = []  # of each layer in the step that comes or was last
         self._longest: list[Lists] = []
         self._n_tokens = 0
@@ -66,7 +66,7 @@ class FixedSteps:
     @staticmethod
     def possible(layers: Sequence[LayerCache]) -> bool:
         """Whether the next step can have fixed shapes. Waits for the device where rows are padded."""
-        if not layers or not all(layer.can_hold for layer in layers):
+        if not layers or not all(layer.can_fix for layer in layers):
             return False
         first = layers[0]
         alike = all(layer.store is first.store and layer.n_tokens == first.n_tokens for layer in layers)
@@ -77,7 +77,7 @@ class FixedSteps:
         False, and nothing was done, where steps cannot have fixed shapes."""
         n_pages = self._layers[0].n_pages + (self._layers[0].anchors.n_unsealing == 0)
         self._lists = [_lists(layer, layer.budget(layer.n_tokens + 1), n_pages) for layer in self._layers]
-        if (n_pages > self._room.n_pages or self._is_stale()) and not self._hold(n_pages):
+        if (n_pages > self._room.n_pages or self._is_stale()) and not self._fix(n_pages):
             return False
         for layer in self._layers:
             layer.seal(layer.anchors.advance())
@@ -88,23 +88,23 @@ class FixedSteps:
     def finish(self) -> None:
         """Account for the step; then comes the upkeep that is due."""
         for layer, lists in zip(self._layers, self._lists, strict=True):
-            assert layer.held is not None, "between advance and finish"
+            assert layer.fixed is not None, "between advance and finish"
             layer.meter.scored_rows += layer.geometry.rows
             layer.fetch.note(lists.n_slices)
-            layer.end_steps(layer.held.query, 1)
+            layer.end_steps(layer.fixed.query, 1)
 
     def _is_stale(self) -> bool:
         """Whether something else has been done to the layers than steps like these, or the budget buys more slices than
         a selection has."""
         return self._n_tokens != self._layers[0].n_tokens or any(
-            part != (layer.held, layer.selector, layer.completion) or lists.n_slices > longest.n_slices
+            part != (layer.fixed, layer.selector, layer.completion) or lists.n_slices > longest.n_slices
             for layer, part, lists, longest in zip(self._layers, self._parts, self._lists, self._longest, strict=True)
         )
 
-    def _hold(self, n_pages: int) -> bool:
+    def _fix(self, n_pages: int) -> bool:
         """Give all layers room for ``n_pages`` pages and some more."""
-        n_places = -(-(n_pages + 1) // self._bucket) * self._bucket
-        if not self.possible(self._layers) or not self._layers[0].store.reserve(n_places):
+        n_places = self._reserved(n_pages) if self.possible(self._layers) else 0
+        if n_places < n_pages:
             return False
         anchors = self._layers[0].anchors
         device = anchors.keys.device
@@ -118,10 +118,19 @@ class FixedSteps:
             shape = layer.geometry
             query = torch.zeros(shape.rows, shape.group_size, shape.key_dim, device=device)
             wanted = None if now == longest else self._wanted[i]
-            layer.hold(Held(self._room, self._place, self._seen, longest.n_slices // shape.n_sequences, wanted, query))
-        self._parts = [(layer.held, layer.selector, layer.completion) for layer in self._layers]
+            layer.fix(Fixed(self._room, self._place, self._seen, longest.n_slices // shape.n_sequences, wanted, query))
+        self._parts = [(layer.fixed, layer.selector, layer.completion) for layer in self._layers]
         self.version += 1
         return True
+
+    def _reserved(self, n_pages: int) -> int:
+        """Places for pages whose memory stays where it is: a bucket more at most, or what the store has anyway."""
+        n_places, store = -(-(n_pages + 1) // self._bucket) * self._bucket, self._layers[0].store
+        mapped = [store.mapped(layer.layer) for layer in self._layers]
+        n_now = min(len(memory) for memory in mapped if memory is not None)
+        if n_now > n_pages:
+            return min(n_places, n_now)
+        return n_places if store.reserve(n_places) else 0
 
     def _when_full(self, layer: LayerCache, now: Lists) -> Lists:
         """What the budget buys when the room is full, but no more than the page cache has places for as long as it has

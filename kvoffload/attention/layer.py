@@ -76,7 +76,7 @@ class Anchored:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Fixed:
     """What steps of fixed shapes (attention/fixed.py) find in the same place every time: the room for pages, where in
     the anchors the new token goes (int64 [1]), which places are seen then (bool [rows or 1, 1, A]), the length of a
     selection, how much of each list is wanted (int64 []; None: all), and the step's scaled queries for upkeep, if there
@@ -133,7 +133,7 @@ class LayerCache:
         self.chooser: Chooser = TopK()
         self.page_filter: PageFilter | None = None
         self.n_revised = 0
-        self.held: Held | None = None
+        self.fixed: Fixed | None = None
         self._n_scored_before = 0
         self._scored: tuple[Tensor, Tensor] | None = None  # the step's queries and scores, until it is over
 
@@ -162,17 +162,17 @@ class LayerCache:
         self.reading.sealed(pages)
 
     @property
-    def can_hold(self) -> bool:
+    def can_fix(self) -> bool:
         """Whether steps can have fixed shapes as this layer is now; it has pages then."""
         parts = (self.reading, self.chooser, self.fetch, self.selector, self.completion)
         plain = self.page_filter is None and self.gate is None and not self.index_on_host
         return self.ready and plain and self.n_pages > 0 and all(part.can_hold for part in parts)
 
-    def hold(self, held: Held | None) -> None:
+    def fix(self, fixed: Fixed | None) -> None:
         """Give steps fixed shapes, or (None) end that."""
-        if held is not None or self.held is not None:
-            self.selector.hold(None if held is None else held.room)
-        self.held = held
+        if fixed is not None or self.fixed is not None:
+            self.selector.hold(None if fixed is None else fixed.room)
+        self.fixed = fixed
 
     def remember_queries(self, query: Tensor) -> None:
         """Keep the newest prefill queries [rows, R, Q, D] for the anchor and the gate; what was summarised is stale
@@ -220,20 +220,20 @@ class LayerCache:
 
     def select_top(self, scores: Tensor, anchor_lse: Tensor, *, more: float = 0.0) -> Selection:
         """The best slices by scores fp32 [rows * Q, R, P], as many as the budget buys and a share of it ``more``."""
-        held = self.held
+        fixed = self.fixed
         return select_top(
             scores,
             anchor_lse.to(scores.device),
             n_sequences=self.geometry.n_sequences,
-            n_slices=int(self.budget(self.n_tokens) * (1 + more)) if held is None else held.n_slices,
+            n_slices=int(self.budget(self.n_tokens) * (1 + more)) if fixed is None else fixed.n_slices,
             pool=self.pool,
             n_queries=scores.shape[0] // self.geometry.rows,
-            n_wanted=None if held is None else held.n_wanted,
+            n_wanted=None if fixed is None else fixed.n_wanted,
         )
 
     def ask(self, selection: Selection) -> list[Arrival]:
         """Ask for the slices of a selection; steps of fixed shapes count them elsewhere."""
-        return self.fetch.start(selection) if self.held is None else self.fetch.move(selection)
+        return self.fetch.start(selection) if self.fixed is None else self.fetch.move(selection)
 
     def slices_valid(self, part: Selection) -> Tensor | None:
         """Which tokens of slices count, bool [F, S]; None when all do."""
@@ -250,7 +250,7 @@ class LayerCache:
             return self._scored[1]
         rows = by_row(query, self.geometry.rows).to(self.selector.device)
         scores = self.selector.score(rows).reshape(*query.shape[:2], -1)
-        if self.held is not None:
+        if self.fixed is not None:
             return scores
         self.meter.scored_rows += query.shape[0] if n_rows is None else n_rows
         self._scored = (query, scores) if n_rows is None else None

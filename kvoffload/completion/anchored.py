@@ -5,7 +5,7 @@ What is left of a segment behind the fetched slices has mass s0 e^((q - q0) . s1
 order in (q - q0).
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from kvoffload_kernels.dispatch import estimate_rest
@@ -26,6 +26,7 @@ class AnchoredCompletionConfig(OffsetsConfigBase):
     and values ``dtype``. ``file`` holds calibrated offsets of the mass."""
 
     kind: Literal["anchored"] = "anchored"
+    holds: ClassVar[bool] = True
     segments: int = Field(32, ge=2, le=4096)
     dtype: Literal["float32", "bfloat16"] = "float32"
 

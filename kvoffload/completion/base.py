@@ -78,6 +78,9 @@ class CompletionConfigBase(BaseModel):
     needs_index: ClassVar[bool] = False
     """Whether it reads the selector's token-level index, which there must be then."""
 
+    holds: ClassVar[bool] = False
+    """Whether the completion built can be in steps of fixed shapes (``Completion.can_hold``) when a prompt is in."""
+
     @property
     def calibration(self) -> CalibrationFile | None:
         """The file that fits this completion to one model, which it then cannot do without."""

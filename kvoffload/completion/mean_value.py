@@ -5,7 +5,7 @@ The paper shares out 1 = alpha + (1 - alpha) by the approximate scores alone; he
 Its mean is over all values, here over the unread ones.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class MeanValueCompletionConfig(CompletionConfigBase):
     """Sum and count of the values, fp32."""
 
     kind: Literal["mean_value"] = "mean_value"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
         return MeanValueCompletion(geometry, device)

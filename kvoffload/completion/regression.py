@@ -36,6 +36,7 @@ class RegressionCompletionConfig(RegressionConfigBase):
     """Features are the restored keys."""
 
     kind: Literal["regression"] = "regression"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
         return RegressionCompletion(self.ridge, geometry, device)

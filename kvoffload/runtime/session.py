@@ -68,7 +68,7 @@ class Session:
         self._step_s = 0.0
         self._n_steps = 0
         self._interrupt = Interrupt()
-        self._capture = capture_of(model.device) if config.cuda_graph == "auto" else None
+        self._capture = capture_of(model.device) if config.replays_steps else None
         self._graph: StepGraph | None = None
         self._picked: Tensor | None = None  # the token that the newest step picked
 

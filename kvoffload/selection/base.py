@@ -75,6 +75,9 @@ class SelectorConfigBase(BaseModel):
     has_index: ClassVar[bool] = False
     """Whether the selector built has a token-level index for completions to read."""
 
+    holds: ClassVar[bool] = False
+    """Whether the selector built can be held (``Selector.can_hold``) when a prompt is in."""
+
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         raise NotImplementedError
 

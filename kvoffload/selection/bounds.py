@@ -1,7 +1,7 @@
 """``bounds``: per-channel minimum and maximum of each page, an upper bound of its largest logit (Quest,
 arXiv:2406.10774, section 3.2)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class BoundsSelectorConfig(SelectorConfigBase):
     """Page minima and maxima in the KV's own dtype."""
 
     kind: Literal["bounds"] = "bounds"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         return BoundsSelector(device)

@@ -1,6 +1,6 @@
 """``mean``: the mean key of each page, scored as if all its tokens had it (InfLLM-like block means)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ class MeanSelectorConfig(SelectorConfigBase):
     """Page means in fp32."""
 
     kind: Literal["mean"] = "mean"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         return MeanSelector(device)

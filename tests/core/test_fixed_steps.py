@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from layers import geometry, new_layer, take_in, tokens
+from layers import PAIRS, geometry, new_layer, take_in, tokens
 from torch.testing import assert_close
 
 from kvoffload.attention.decode import decode
 from kvoffload.attention.fixed import FixedSteps, decode_fixed
+from kvoffload.config import RuntimeConfig
 from kvoffload.index.transform import FIT_TOKENS
 
 PAGE, ROOM = 4, 32  # tokens of a page, and of the room that layers get at a time
@@ -101,7 +102,7 @@ def test_both_kinds_of_steps_may_follow_each_other():
     maker, parts = FixedSteps([layer], room_tokens=ROOM), []
     for start in range(150, 210, 20):
         parts += fixed(layer, given, range(start, start + 13), maker)[0]
-        layer.hold(None)
+        layer.fix(None)
         parts += ordinary(layer, given, range(start + 13, start + 20))
     assert_same_steps(parts, ordinary(plain, given, range(150, 210)))
     assert counts(layer) == counts(plain)
@@ -136,6 +137,14 @@ def test_cropped_tokens_are_not_seen_any_more():
 def test_what_depends_on_the_host_has_ordinary_steps(fields):
     layer, _ = filled(FIT_TOKENS + 60, 0, **fields)
     assert not FixedSteps.possible([layer])
+    assert not RuntimeConfig(**fields).replays_steps
+
+
+@pytest.mark.parametrize(("selector", "completion"), PAIRS)
+def test_a_configuration_says_whether_steps_can_have_fixed_shapes(selector, completion):
+    fields = {"selector": selector, "completion": completion}
+    layer, _ = filled(FIT_TOKENS + 60, 0, **fields)
+    assert FixedSteps.possible([layer]) == RuntimeConfig(**fields).replays_steps
 
 
 def test_files_have_ordinary_steps():
