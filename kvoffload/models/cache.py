@@ -30,6 +30,7 @@ from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
 from kvoffload.models.freeze import SharedKv
 from kvoffload.models.padding import note_padding
+from kvoffload.models.stages import keep_stage
 from kvoffload.policies.base import Depth, Freezing
 from kvoffload.values import Partial, query_rows
 
@@ -160,7 +161,10 @@ class OffloadCache(DynamicCache):
     use it in a ``with`` block): files and pinned memory are given back then. One thread at a time.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, config: RuntimeConfig, *, expected_tokens: int = 0) -> None:
+    def __init__(
+        self, model_config: PreTrainedConfig, config: RuntimeConfig, *, expected_tokens: int = 0,
+        owned: range | None = None,
+    ) -> None:  # fmt: skip
         check_loaded(config.calibrations, model_config)
         super().__init__(config=model_config)
         if not self.layers:
@@ -172,6 +176,7 @@ class OffloadCache(DynamicCache):
             raise UnsupportedModelError(
                 f"no layer of this {model_config.model_type} model has KV that grows with the context"
             )
+        unbounded = keep_stage(self.layers, unbounded, owned, model_config.model_type)
         for place, i in enumerate(unbounded):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)

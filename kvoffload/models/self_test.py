@@ -9,6 +9,7 @@ from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.hf import NAME, register
+from kvoffload.models.parallel import stage_layers
 from kvoffload.units import Budget
 
 _N_TOKENS, _N_STEPS = 64, 4
@@ -54,7 +55,8 @@ def check_parity(model: Any, config: RuntimeConfig) -> float:
 def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
     small = {"sinks": 4, "recent": 8, "page_size": 4, "budget": Budget.parse("100%"), "gate": False}
     first = {"completion": config.completion[:1], "nvme_max": None, "cpu_max": None, "gpu_cache": None, "policy": ()}
-    cache = OffloadCache(model.config, config.model_copy(update=small | first))
+    config = config.model_copy(update=small | first)
+    cache = OffloadCache(model.config, config, owned=stage_layers(model))
     with cache:
         prompt = ids[:, : _N_TOKENS - _N_STEPS]
         try:
