@@ -17,6 +17,7 @@ from kvoffload.calibration import flags as calibration_flags
 from kvoffload.errors import KvoffloadError
 from kvoffload.evaluation import flags as sweep_flags
 from kvoffload.flags import flag
+from kvoffload.models.parallel import check_alone, find_ranks
 from kvoffload.server import flags as server_flags
 
 _STORAGE_CODES = {"CapacityError": 3, "IntegrityError": 4}
@@ -44,6 +45,8 @@ def _root(ctx: typer.Context, version: Annotated[bool, flag("--version", help="P
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
         raise typer.Exit(2)
+    if ctx.invoked_subcommand not in ("generate", "env"):
+        check_alone(f"kvoffload {ctx.invoked_subcommand}")
 
 
 @app.command()
@@ -62,6 +65,7 @@ def generate(
     gate_recheck: flags.GateRecheck = None, reanchor: flags.Reanchor = None, pool: flags.Pool = None,
     layer_budgets: flags.LayerBudgets = None, sinks: flags.Sinks = None, recent: flags.Recent = None,
     page_size: flags.PageSize = None, index: flags.Index = None, gpu_cache: flags.GpuCache = None,
+    pp_size: flags.PpSize = None,
     prefill_chunk: flags.PrefillChunk = None, io_engine: flags.IoEngine = None, direct: flags.Direct = None,
     prompt: flags.Prompt = None, prompt_file: flags.PromptFile = None, system: flags.System = None,
     chat_template: flags.ChatTemplate = None, strict_context: flags.StrictContext = None,
@@ -237,7 +241,8 @@ def _console() -> Any:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    rank = find_ranks().rank
+    print(f"error (rank {rank}): " if rank else "error: ", " ".join(message.split()), sep="", file=sys.stderr)
     return exit_code
 
 

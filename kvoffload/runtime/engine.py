@@ -10,8 +10,10 @@ from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
+from kvoffload.models.parallel import ALONE, find_ranks, stage_layers
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, switch_attention
+from kvoffload.runtime.ranks import rank_budget, rank_config, refuse_files
 from kvoffload.runtime.saving import SavedAs, fill_session, open_session_file, rewrite_if_scattered, take_write_lock
 from kvoffload.runtime.session import Session
 from kvoffload.units import Budget
@@ -35,18 +37,21 @@ class Runtime:
         self.config = config or RuntimeConfig()
         self.loaded = loaded
         if loaded is not None:
+            self.config = rank_config(self.config, loaded.ranks)
             self._take_over(loaded.model)
 
     @classmethod
     def from_pretrained(cls, model: str, *, on_progress: OnProgress = ignore, **config: Any) -> Self:
         """``model`` is a built-in name, a Hugging Face folder or hub name, or a .gguf file; ``config`` are the fields
         of RuntimeConfig. ``on_progress`` hears of downloads and conversions. Raises UsageError for what it cannot
-        accept, before any weights load."""
+        accept, before any weights load. Under torchrun all processes make the same calls, and each has its part of the
+        model and of the KV."""
         settings = _settings(config)
-        source = resolve(model)
+        ranks, source = find_ranks(settings.pp_size), resolve(model)
+        rank_config(settings, ranks)
         check_calibrations(settings.calibrations, source)
-        loaded = load_model(source, dtype=settings.dtype, device=settings.device, on_progress=on_progress)
-        return cls(loaded, settings)
+        options: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "on_progress": on_progress}
+        return cls(load_model(source, ranks=ranks, **options), settings)
 
     def session(self, *, expected_tokens: int = 0, budget: str | int | Budget | None = None) -> Session:
         """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth, ``budget`` stands
@@ -57,12 +62,15 @@ class Runtime:
             parsed = Budget.parse(budget)
         except ValueError as error:
             raise UsageError(f"budget: {error}") from None
+        if self.loaded is not None:
+            parsed = rank_budget(parsed, self.loaded.ranks)
         return self._session(self.config.model_copy(update={"budget": parsed}), expected_tokens)
 
     def _session(self, config: RuntimeConfig, expected_tokens: int) -> Session:
         if self.loaded is None:
             raise UsageError("this Runtime has no model of its own: use attach(), or Runtime.from_pretrained()")
-        return Session(self.loaded.model, self.loaded.tokenizer, config, expected_tokens=expected_tokens)
+        loaded = self.loaded
+        return Session(loaded.model, loaded.tokenizer, config, expected_tokens=expected_tokens, ranks=loaded.ranks)
 
     def restore(self, path: str | Path) -> Session:
         """The session that was saved at ``path``, verified; it may be asked for as often as wanted, also by several
@@ -73,6 +81,7 @@ class Runtime:
     def _restore(self, path: Path, config: RuntimeConfig) -> Session:
         session = self._session(config, 0)
         try:
+            refuse_files(session.ranks)
             bundle = open_session_file(path, config)
             try:
                 fill_session(session, bundle)
@@ -89,6 +98,7 @@ class Runtime:
         """The session at ``path``, for writing: no other process can write to it before ``close``. It is restored, or
         made at its first save. Prefills save it after every chunk, so that a killed one goes on from there."""
         path, config = Path(path), self.config
+        refuse_files(self.loaded.ranks if self.loaded else ALONE)
         if config.nvme_dir is None:  # on the session's file system, where its files can be linked to
             config = config.model_copy(update={"nvme_dir": path.absolute().parent})
         if not path.exists():
@@ -112,7 +122,8 @@ class Runtime:
         The model's attention implementation is switched to ours (its results with other caches stay the same). One
         cache serves one batch of sequences; close it afterwards. num_beams > 1 is refused.
         """
-        cache = OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens)
+        owned = stage_layers(hf_model)
+        cache = OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens, owned=owned)
         if cache.anew.is_wanted or cache.freezing is not None:
             kinds = "+".join(config.kind for config in self.config.policy)
             raise UsageError(f"policy: {kinds!r} computes tokens anew, which the stock generate cannot: use a session")
