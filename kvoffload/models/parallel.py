@@ -66,13 +66,17 @@ class Ranks:
             raise UnsupportedModelError(f"{n_layers} layers cannot be shared out to {self.pp_size} ranks")
 
     def joined(self) -> "Ranks":
-        """With the group over which ranks talk; after transformers has joined them, or before."""
+        """With the group over which ranks talk; all of them have to come here."""
+        import torch
         import torch.distributed as dist
 
         if not self.several or self.group is not None:
             return self
+        device = self.device("auto")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("gloo" if not _has_cuda() else "cpu:gloo,cuda:nccl")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return replace(self, group=dist.new_group(backend="gloo"))
 
     def leave(self) -> None:
@@ -161,9 +165,3 @@ def stage_layers(model: Any) -> range | None:
         return None
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return range(*stage.layer_range_for_rank(stage.pp_rank, n_layers))
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
