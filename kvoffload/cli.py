@@ -17,6 +17,7 @@ from kvoffload.calibration import flags as calibration_flags
 from kvoffload.errors import KvoffloadError
 from kvoffload.evaluation import flags as sweep_flags
 from kvoffload.flags import flag
+from kvoffload.harness import flags as harness_flags
 from kvoffload.models.parallel import check_alone, find_ranks
 from kvoffload.server import flags as server_flags
 
@@ -173,6 +174,32 @@ def serve(
 
     given = {name: value for name, value in ctx.params.items() if name != "config" and value is not None}
     raise typer.Exit(run_serve(given, config, _console()))
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    tasks: harness_flags.Tasks = None, include: harness_flags.Include = None, limit: harness_flags.Limit = None,
+    fewshot: harness_flags.Fewshot = None, contexts: harness_flags.Contexts = None,
+    batch_size: harness_flags.BatchSize = None, max_length: harness_flags.MaxLength = None,
+    apply_chat_template: harness_flags.ApplyChatTemplate = None, out: harness_flags.Out = None,
+    model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
+    dtype: flags.Dtype = None, device: flags.Device = None, offload: flags.Offload = None,
+    nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None, cpu_max: flags.CpuMax = None,
+    budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,
+    policy: flags.Policy = None, max_dropped_mass: flags.MaxDroppedMass = None, gate: flags.Gate = None,
+    pool: flags.Pool = None, layer_budgets: flags.LayerBudgets = None, sinks: flags.Sinks = None,
+    recent: flags.Recent = None, page_size: flags.PageSize = None, index: flags.Index = None,
+    prefill_chunk: flags.PrefillChunk = None, self_test: flags.SelfTest = None,
+    config: flags.Config = None, json: flags.Json = False, quiet: flags.Quiet = None,
+) -> None:  # fmt: skip
+    """Run tasks of lm-evaluation-harness on a model under the runtime."""
+    from kvoffload.harness.command import run_eval
+
+    given = {n: value for n, value in ctx.params.items() if n not in ("config", "json") and value not in (None, [], ())}
+    if json:
+        given["output"] = "json"
+    raise typer.Exit(run_eval(given, config, sys.stdout, _console()))
 
 
 @app.command()
