@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvoffload.runtime.engine import Runtime
     from kvoffload.runtime.session import Progress, Session, StreamEvent
     from kvoffload.runtime.stats import Stats
+    from kvoffload.runtime.stock import generate
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = {
     "Session": "kvoffload.runtime.session",
     "Stats": "kvoffload.runtime.stats",
     "StreamEvent": "kvoffload.runtime.session",
+    "generate": "kvoffload.runtime.stock",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Stats",
     "StreamEvent",
     "__version__",
+    "generate",
 ]
 
 

@@ -30,6 +30,7 @@ from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
 from kvoffload.models.freeze import SharedKv
 from kvoffload.models.padding import note_padding
+from kvoffload.models.refusals import OneSequenceARow
 from kvoffload.models.stages import keep_stage
 from kvoffload.policies.base import Depth, Freezing
 from kvoffload.values import Partial, query_rows
@@ -154,7 +155,7 @@ class OffloadLayer(CacheLayerMixin):
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
 
-class OffloadCache(DynamicCache):
+class OffloadCache(OneSequenceARow, DynamicCache):
     """A DynamicCache whose full-attention layers keep their KV in the configured tier.
 
     Pass it to ``generate(past_key_values=cache)`` of a model whose attention implementation is ours, and close it (or
@@ -340,9 +341,6 @@ class OffloadCache(DynamicCache):
             if not isinstance(mine, OffloadLayer) or len(ours) < len(theirs):
                 raise UsageError("a prefill with sliding-window or linear layers cannot be copied")
             mine.copy_prefill(ours)
-
-    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
-        raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")
 
     def close(self) -> None:
         """Give back memory, files and threads; a second call does nothing."""

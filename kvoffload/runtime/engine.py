@@ -19,7 +19,8 @@ from kvoffload.runtime.session import Session
 from kvoffload.units import Budget
 
 
-def _settings(fields: dict[str, Any]) -> RuntimeConfig:
+def checked(fields: dict[str, Any]) -> RuntimeConfig:
+    """A configuration from its fields; raises UsageError in one line."""
     try:
         return RuntimeConfig(**fields)
     except ValidationError as error:
@@ -46,7 +47,7 @@ class Runtime:
         of RuntimeConfig. ``on_progress`` hears of downloads and conversions. Raises UsageError for what it cannot
         accept, before any weights load. Under torchrun all processes make the same calls, and each has its part of the
         model and of the KV."""
-        settings = _settings(config)
+        settings = checked(config)
         ranks, source = find_ranks(settings.pp_size), resolve(model)
         rank_config(settings, ranks)
         check_calibrations(settings.calibrations, source)
