@@ -139,14 +139,20 @@ def sweep(
     pools: sweep_flags.Pools = None, methods: sweep_flags.Methods = None,
     baseline: sweep_flags.Baseline = None, settings: sweep_flags.Set = None, offload: flags.Offload = None,
     page_size: flags.PageSize = None, sinks: flags.Sinks = None, recent: flags.Recent = None, dtype: flags.Dtype = None,
-    device: flags.Device = None, shard: sweep_flags.Shard = None, plots: sweep_flags.Plots = None,
+    device: flags.Device = None, shard: sweep_flags.Shard = None, ray: sweep_flags.Ray = False,
+    parts: sweep_flags.Parts = None, plots: sweep_flags.Plots = None,
     out: sweep_flags.Out = None, config: sweep_flags.SweepConfig = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
     """Compare methods on one model and task: quality against what is read, from the real runtime."""
+    own = ("settings", "config", "json", "ray", "parts")
+    given = {**{name: value for name, value in ctx.params.items() if name not in own}, "set": settings}
+    if ray:
+        from kvoffload.evaluation.cluster import run_on_ray
+
+        raise typer.Exit(run_on_ray(given, config, sys.stdout, _console(), parts=parts, as_json=json))
     from kvoffload.evaluation.command import run_sweep
 
-    given = {name: value for name, value in ctx.params.items() if name not in ("settings", "config", "json")}
-    raise typer.Exit(run_sweep({**given, "set": settings}, config, sys.stdout, _console(), as_json=json))
+    raise typer.Exit(run_sweep(given, config, sys.stdout, _console(), as_json=json))
 
 
 @app.command()
