@@ -1,14 +1,10 @@
 """The built-in ``tiny`` shape, and tasks of lm-eval with local data."""
 
-import importlib.util
 import json
 
 import pytest
 
 from kvoffload.models.catalog import load_model, resolve
-
-if importlib.util.find_spec("lm_eval") is None:
-    collect_ignore = ["test_lm_eval.py", "test_eval_command.py"]
 
 ROWS = [
     {

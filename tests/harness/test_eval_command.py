@@ -2,9 +2,14 @@
 
 import json
 from functools import partial
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("lm_eval") is None:
+    pytest.skip("lm-eval, the extra [eval], is not installed", allow_module_level=True)
 
 import datasets
-import pytest
 
 from kvoffload import cli
 from kvoffload.harness import command, tasks

@@ -1,6 +1,12 @@
 """lm-eval's model ``kvoffload``: what lm-eval's own model gives at a full budget, and what it refuses."""
 
+from importlib.util import find_spec
+
 import pytest
+
+if find_spec("lm_eval") is None:
+    pytest.skip("lm-eval, the extra [eval], is not installed", allow_module_level=True)
+
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
