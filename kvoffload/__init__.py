@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from kvoffload.errors import KvoffloadError
     from kvoffload.models.cache import OffloadCache
     from kvoffload.runtime.engine import Runtime
-    from kvoffload.runtime.session import Progress, Session, StreamEvent
+    from kvoffload.runtime.events import Progress, StreamEvent
+    from kvoffload.runtime.session import Session
     from kvoffload.runtime.stats import Stats
     from kvoffload.runtime.stock import generate
 
@@ -20,13 +21,13 @@ __version__ = "0.1.0"
 _HOME = {
     "KvoffloadError": "kvoffload.errors",
     "OffloadCache": "kvoffload.models.cache",
-    "Progress": "kvoffload.runtime.session",
+    "Progress": "kvoffload.runtime.events",
     "Runtime": "kvoffload.runtime.engine",
     "RuntimeConfig": "kvoffload.config",
     "SamplingConfig": "kvoffload.config",
     "Session": "kvoffload.runtime.session",
     "Stats": "kvoffload.runtime.stats",
-    "StreamEvent": "kvoffload.runtime.session",
+    "StreamEvent": "kvoffload.runtime.events",
     "generate": "kvoffload.runtime.stock",
 }
 

@@ -85,6 +85,29 @@ def generate(
 
 
 @app.command()
+def chat(
+    ctx: typer.Context,
+    model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
+    dtype: flags.Dtype = None, device: flags.Device = None, offload: flags.Offload = None,
+    nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None, nvme_floor: flags.NvmeFloor = None,
+    cpu_max: flags.CpuMax = None, session: flags.SessionFile = None, session_readonly: flags.SessionReadonly = None,
+    budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,
+    policy: flags.Policy = None, sinks: flags.Sinks = None, recent: flags.Recent = None,
+    page_size: flags.PageSize = None, index: flags.Index = None, gpu_cache: flags.GpuCache = None,
+    prefill_chunk: flags.PrefillChunk = None, io_engine: flags.IoEngine = None, direct: flags.Direct = None,
+    system: flags.System = None, chat_template: flags.ChatTemplate = None, strict_context: flags.StrictContext = None,
+    max_new_tokens: flags.MaxNewTokens = None, temperature: flags.Temperature = None, top_p: flags.TopP = None,
+    top_k: flags.TopK = None, seed: flags.Seed = None, stop: flags.Stop = None, self_test: flags.SelfTest = None,
+    config: flags.Config = None, quiet: flags.Quiet = None,
+) -> None:  # fmt: skip
+    """Talk to a model line by line, on one session; /help says which commands there are."""
+    settings = _settings(ctx)
+    from kvoffload.runtime.chat import run_chat
+
+    raise typer.Exit(run_chat(settings, sys.stdin, sys.stdout, _console()))
+
+
+@app.command()
 def plan(
     ctx: typer.Context,
     model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
@@ -164,7 +187,7 @@ def serve(
     max_running: server_flags.MaxRunning = None, max_queue: server_flags.MaxQueue = None,
     max_body: server_flags.MaxBody = None, body_timeout: server_flags.BodyTimeout = None,
     request_timeout: server_flags.RequestTimeout = None, grace: server_flags.Grace = None,
-    keep_sessions: server_flags.KeepSessions = None,
+    keep_sessions: server_flags.KeepSessions = None, sessions: server_flags.Sessions = None,
     offload: flags.Offload = None, nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None,
     nvme_floor: flags.NvmeFloor = None, cpu_max: flags.CpuMax = None, verify: flags.Verify = None,
     budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,
@@ -262,7 +285,7 @@ def _settings(ctx: typer.Context) -> Any:
 
     given = {name: value for name, value in ctx.params.items() if value not in (None, [], ())}
     known = {name: value for name, value in given.items() if name in Settings.model_fields}
-    if ctx.params["json"]:
+    if ctx.params.get("json"):
         known["output"] = "json"
     return load_settings(known, ctx.params["config"])
 

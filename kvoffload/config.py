@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 from kvoffload.completion import CompletionConfig
 from kvoffload.completion.calibrated import CalibrationFile
+from kvoffload.errors import UsageError
 from kvoffload.layer_budgets import layer_shares, read_layer_budgets
 from kvoffload.policies import PolicyConfig
 from kvoffload.selection import SelectorConfig
@@ -225,6 +226,13 @@ class RuntimeConfig(BaseModel):
     def largest_share(self) -> float:
         """The share of the layer that reads most."""
         return max(self._shares, default=1.0)
+
+    def with_budget(self, budget: str | int | Budget) -> "RuntimeConfig":
+        """The same with another budget; raises UsageError for what is none."""
+        try:
+            return self.model_copy(update={"budget": Budget.parse(budget)})
+        except ValueError as error:
+            raise UsageError(f"budget: {error}") from None
 
     @property
     def effective_budget(self) -> Budget:

@@ -12,7 +12,7 @@ MAX_HEADS = 64
 """Query heads (times queries) that a tile takes."""
 
 # numpy has no bfloat16: triton's interpreter would multiply the bit patterns
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def padded_heads(n_heads: int) -> int:
@@ -31,7 +31,7 @@ def halves(x, second, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def product(a, b):  # type: ignore[no-untyped-def]
     """a @ b, fp32; what is fp32 is not rounded."""
-    return tl.dot(a.to(tl.float32), b.to(tl.float32)) if _INTERPRETED else tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a.to(tl.float32), b.to(tl.float32)) if INTERPRETED else tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -48,6 +48,9 @@ class SliceBudget:
         mean = self.budget.tokens(n_tokens, token_bytes=self.geometry.token_bytes, n_heads_total=n_heads)
         return mean if mean >= n_tokens else mean * self.share
 
+    def spending(self, budget: Budget) -> "SliceBudget":
+        return replace(self, budget=budget)
+
     def __call__(self, n_tokens: int) -> int:
         tokens = self.tokens(n_tokens)
         if tokens >= n_tokens:
@@ -106,7 +109,7 @@ def build_layer(
     )
     cache.upkeep = tuple(_upkeep(config, gate, rebuild))
     if config.max_dropped_mass is not None:
-        cap = replace(budget, budget=config.dropped_mass_cap)
+        cap = budget.spending(config.dropped_mass_cap)
         cache.reading = BoundedMass(cache.reading, config.max_dropped_mass, cap)
     given = [policy.build() for policy in config.policy] if policies is None else policies
     for policy in sorted(given, key=lambda policy: not policy.replaces_chooser):

@@ -18,6 +18,7 @@ from kvoffload.completion.gated import GatedCompletion
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector
 from kvoffload.selection.topk import Pool, select_top
+from kvoffload.units import Budget
 from kvoffload.values import Pages, Selection, by_row
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class PageBudget(Protocol):
 
     def tokens(self, n_tokens: int) -> float:
         """Token-equivalents per kv head at a context of ``n_tokens``."""
+
+    def spending(self, budget: Budget) -> "PageBudget":
+        """The same layer's part of another budget."""
 
     def __call__(self, n_tokens: int) -> int:
         """Slices per sequence and layer at a context of ``n_tokens``."""

@@ -47,7 +47,8 @@ class RandomMap(FeatureMap):
     def __init__(self, n_features: int, seed: int, geometry: Geometry, device: torch.device) -> None:
         self.n_features = n_features
         generator = torch.Generator().manual_seed(seed)
-        self._directions = torch.randn(n_features, geometry.key_dim, generator=generator).to(device)
+        directions = torch.randn(n_features, geometry.key_dim, generator=generator)
+        self._directions = directions.to(device, non_blocking=True)  # re-anchoring makes a map between steps
         self._anchor = torch.zeros(geometry.rows, geometry.key_dim, device=device)
 
     def reset(self, anchor: Tensor) -> None:

@@ -51,7 +51,7 @@ def draw_entropy(file: Path, bins: Sequence[EntropyBin]) -> None:
     ax.axhline(1.0, color="black", linewidth=0.8)
     _log_axis(ax, "y")
     ax.set_xlabel("entropy of the head's attention [nats]")
-    ax.set_ylabel("output error without completion / with it")
+    ax.set_ylabel("error without / with completion")
     _save(figure, file)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -13,7 +12,7 @@ from kvoffload_storage.segments import Sealed
 from kvoffload_storage.store import Moved, Store, StoreShape
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
@@ -32,49 +31,33 @@ from kvoffload.models.freeze import SharedKv
 from kvoffload.models.padding import note_padding
 from kvoffload.models.refusals import OneSequenceARow
 from kvoffload.models.stages import keep_stage
+from kvoffload.models.tagged import AttendingLayer
 from kvoffload.policies.base import Depth, Freezing
+from kvoffload.units import Budget
 from kvoffload.values import Partial, query_rows
 
-_UPDATED: ContextVar["OffloadLayer | None"] = ContextVar("updated layer", default=None)
 
-
-class OffloadLayer(CacheLayerMixin):
+class OffloadLayer(AttendingLayer):
     """One layer's place in the cache. Its KV is built at the first attention call, which shows heads, sizes and
     dtype."""
 
-    is_sliding, is_compileable, is_croppable, supports_early_init = False, False, True, False
+    is_croppable = True
 
     def __init__(self, cache: "OffloadCache", index: int, place: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._cache, self._index, self.place = cache, index, place
         self.kv: LayerCache | None = None
         self.n_seen = 0
         self._pending = False
-        self.is_initialized = True
-
-    @staticmethod
-    def of(key: Tensor) -> "OffloadLayer | None":
-        """The layer whose ``update`` gave these keys, or was called last where the model rebuilt them since (MLA)."""
-        tagged: OffloadLayer | None = getattr(key, "_kvoffload_layer", None)
-        updated = _UPDATED.get()
-        _UPDATED.set(None)
-        return tagged or updated
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do before attention runs."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.n_seen += key_states.shape[-2]
         self._pending = True
-        _UPDATED.set(self)
-        key_states = key_states.view_as(key_states)
-        key_states._kvoffload_layer = self  # type: ignore[attr-defined]
-        return key_states, value_states
+        return self.tag(key_states), value_states
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
     ) -> Partial:
-        """Append the new tokens and attend: query [B, H, Q, D], key [B, G, Q, D] to a partial [rows, R, Q, Dv]."""
         if not self._pending:
             raise UnsupportedModelError("this model attends twice to one layer's KV, which is not supported")
         self._pending = False
@@ -126,15 +109,6 @@ class OffloadLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return self.n_seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.n_seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (transformers passes their number, negative or not); sealed ones cannot go."""
@@ -307,6 +281,12 @@ class OffloadCache(OneSequenceARow, DynamicCache):
             self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values,
             policies=self.policies, prefetch=self._prefetch,
         )  # fmt: skip
+
+    def set_budget(self, budget: Budget) -> None:
+        """What steps may read from now on, in the layers that have begun and in those to come."""
+        self.config = self.config.with_budget(budget)
+        for kv in self.offloaded:
+            kv.budget = kv.budget.spending(budget)
 
     def begin_with(self, stores: Sequence[Sealed]) -> None:
         """Layers that are built from now on begin with these pages; their files are closed with this cache."""

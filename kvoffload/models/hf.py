@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from kvoffload.errors import UnsupportedModelError
-from kvoffload.models.cache import OffloadLayer
+from kvoffload.models.tagged import AttendingLayer
 from kvoffload.values import Partial, merge
 
 NAME = "kvoffload"  # transformers treats names with "flash", "sdpa", "flex_attention", "paged|" or "/" specially
@@ -43,7 +43,7 @@ def attention(
     if unknown:
         raise UnsupportedModelError(f"the attention arguments {unknown} of {type(module).__name__} are not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = OffloadLayer.of(key)
+    layer = AttendingLayer.of(key)
     if layer is None:
         return _dense(module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
     partial = layer.attend(query, key, value, attention_mask, scale=scale, softcap=softcap)

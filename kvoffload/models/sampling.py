@@ -49,11 +49,12 @@ class Sampler:
     def state(self, state: Tensor) -> None:
         self._generator.set_state(state)
 
-    def pick(self, logits: Tensor, so_far: Tensor) -> Tensor:
-        """The next token int64 [1, 1] from logits [1, vocabulary]; ``so_far`` [1, n] are the tokens before it."""
+    def pick(self, logits: Tensor) -> Tensor:
+        """The next token int64 [1, 1] from logits [1, vocabulary]."""
         if self._greedy:
             return logits.argmax(-1, keepdim=True)
-        scores: Tensor = self._processors(so_far, logits.float())  # type: ignore[arg-type]
+        before = torch.empty(1, 0, dtype=torch.int64, device=logits.device)  # none of the processors looks back
+        scores: Tensor = self._processors(before, logits.float())  # type: ignore[arg-type]
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
 
 

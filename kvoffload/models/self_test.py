@@ -1,5 +1,7 @@
 """The start-up parity test: random tokens through the loaded model's own attention and through ours at full budget."""
 
+import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -7,7 +9,9 @@ from torch import Tensor
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.models.batch import can_batch, feed_together
 from kvoffload.models.cache import OffloadCache
+from kvoffload.models.feed import feed
 from kvoffload.models.hf import NAME, register
 from kvoffload.models.parallel import stage_layers
 from kvoffload.units import Budget
@@ -31,11 +35,7 @@ def switch_attention(model: Any) -> str:
 
 @torch.inference_mode()
 def check_parity(model: Any, config: RuntimeConfig) -> float:
-    """Largest logit difference relative to the largest logit; the model is left with our attention.
-
-    The test cache has small pages and windows, so that sinks, window, sealed pages, selector and completion all take
-    part.
-    """
+    """Largest logit difference relative to the largest logit; the model is left with our attention."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, _N_TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
     before = switch_attention(model)
@@ -53,11 +53,7 @@ def check_parity(model: Any, config: RuntimeConfig) -> float:
 
 
 def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
-    small = {"sinks": 4, "recent": 8, "page_size": 4, "budget": Budget.parse("100%"), "gate": False}
-    first = {"completion": config.completion[:1], "nvme_max": None, "cpu_max": None, "gpu_cache": None, "policy": ()}
-    config = config.model_copy(update=small | first)
-    cache = OffloadCache(model.config, config, owned=stage_layers(model))
-    with cache:
+    with OffloadCache(model.config, _small(config), owned=stage_layers(model)) as cache:
         prompt = ids[:, : _N_TOKENS - _N_STEPS]
         try:
             logits = [model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]]
@@ -70,11 +66,51 @@ def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
     return torch.cat(logits).float()
 
 
+@torch.inference_mode()
+def check_batches(model: Any, config: RuntimeConfig) -> float:
+    """Largest difference that sharing a forward makes to the logits of two sequences of different lengths, relative to
+    the largest logit; infinite where the model cannot do it."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (2, _N_TOKENS), generator=torch.Generator().manual_seed(1)).to(model.device)
+    lengths = (_N_TOKENS, _N_TOKENS // 2)
+    with ExitStack() as stack:
+        alone, together = (
+            [stack.enter_context(OffloadCache(model.config, _small(config))) for _ in lengths] for _ in "ab"
+        )
+        for cache, row, n in zip([*alone, *together], [*ids, *ids], lengths * 2, strict=True):
+            model(row[None, :n], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        try:
+            given = feed_together(model, together, [3, 5])
+        except (RuntimeError, TypeError, AttributeError):
+            return math.inf
+        if failed := [outcome for outcome in given if isinstance(outcome, BaseException)]:
+            raise failed[0]
+        expected = [feed(model, cache, ids.new_tensor([[t]]))[:, -1] for cache, t in zip(alone, (3, 5), strict=True)]
+    pairs = [(a.float(), b.float()) for a, b in zip(given, expected, strict=True) if isinstance(a, Tensor)]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def shares_forwards(model: Any, config: RuntimeConfig) -> bool:
+    """Whether several sequences of this model can be decoded in one forward, tried on the model itself if the
+    configuration tests it."""
+    if not can_batch(model, config):
+        return False
+    return not config.self_test or check_batches(model, config) <= _TOLERANCE[model.dtype]
+
+
+def _small(config: RuntimeConfig) -> RuntimeConfig:
+    """So small that sinks, window, sealed pages, selector and completion all take part in a short text."""
+    small = {"sinks": 4, "recent": 8, "page_size": 4, "budget": Budget.parse("100%"), "gate": False}
+    first = {"completion": config.completion[:1], "nvme_max": None, "cpu_max": None, "gpu_cache": None, "policy": ()}
+    return config.model_copy(update=small | first)
+
+
 def own_attention(model: Any, before: str) -> str:
-    """The attention to compare with: eager where sdpa would leave out soft-capping or sinks."""
+    """The attention to compare with: the library's fused one; eager where that would leave out soft-capping or sinks,
+    or where the model came with it."""
     config = model.config.get_text_config(decoder=True)
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return "eager" if capped or not model._supports_sdpa or before in ("eager", NAME) else "sdpa"
+    return "eager" if capped or not model._supports_sdpa or before == "eager" else "sdpa"
 
 
 def _refused(model: Any, why: str) -> UnsupportedModelError:

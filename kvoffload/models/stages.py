@@ -4,40 +4,30 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.models.tagged import AttendingLayer
 
 
-class LayerElsewhere(CacheLayerMixin):
+class LayerElsewhere(AttendingLayer):
     """What transformers asks of the first layer, wherever it runs, is answered by the stage's own first one."""
 
-    is_sliding, is_compileable, is_croppable, supports_early_init = False, False, True, False
+    is_croppable = True
 
     def __init__(self, own: Callable[[], Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._own = own
-        self.is_initialized = True
 
     def get_seq_length(self) -> int:
         return int(self._own().get_seq_length())
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
     def crop(self, tokens_to_remove: int) -> None:
         """Another stage's to do."""
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing here."""
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise AssertionError("another pipeline stage runs this layer")
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> NoReturn:
         raise AssertionError("another pipeline stage runs this layer")
 
 

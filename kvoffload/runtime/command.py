@@ -92,7 +92,7 @@ def run_plan(settings: Settings, context: str | None, batch: int, out: TextIO) -
     source = _source(settings)
     model_config = load_config(source)
     try:
-        n_tokens = parse_count(context) if context else _max_context(model_config)
+        n_tokens = parse_count(context) if context else max_context(model_config)
     except ValueError as error:
         raise UsageError(f"context: {error}") from None
     device = torch.device(
@@ -154,7 +154,7 @@ def accept(settings: Settings, view: ProgressView, ranks: Ranks = ALONE) -> Job:
     tokenizer = load_tokenizer(source, view.load)
     prompt = prompt_ids(text, settings, tokenizer) if found is None else found.prompt(text, settings, tokenizer)
     n_before = 0 if found is None else len(found.token_ids)
-    _check_context(n_before + len(prompt), _max_context(model_config), settings, view)
+    check_context(n_before + len(prompt), max_context(model_config), settings, view)
     n_tokens = n_before + len(prompt) + settings.max_new_tokens
     plan = _plan(settings, source, model_config, device, n_tokens, 1, ranks)
     plan.check()
@@ -185,11 +185,13 @@ def _plan(
     )
 
 
-def _max_context(model_config: Any) -> int:
+def max_context(model_config: Any) -> int:
+    """Tokens that the model was made for."""
     return int(model_config.get_text_config(decoder=True).max_position_embeddings)
 
 
-def _check_context(n_prompt: int, limit: int, settings: Settings, view: ProgressView) -> None:
+def check_context(n_prompt: int, limit: int, settings: Settings, view: ProgressView) -> None:
+    """Warn of a prompt that is longer than the model was made for, or refuse it."""
     if n_prompt <= limit:
         return
     told = f"the prompt has {n_prompt:,} tokens and the model was made for {limit:,} (max_position_embeddings)"

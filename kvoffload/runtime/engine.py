@@ -1,22 +1,36 @@
 """``Runtime``: a model, a configuration, and sessions over them."""
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from kvoffload_storage.bundle import Bundle
 from pydantic import ValidationError
 
-from kvoffload.config import RuntimeConfig, explain
+from kvoffload.config import RuntimeConfig, SamplingConfig, explain
 from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
-from kvoffload.models.parallel import ALONE, find_ranks, stage_layers
+from kvoffload.models.parallel import ALONE, Ranks, find_ranks, stage_layers
 from kvoffload.models.progress import OnProgress, ignore
-from kvoffload.models.self_test import check_parity, switch_attention
-from kvoffload.runtime.ranks import rank_budget, rank_config, refuse_files
-from kvoffload.runtime.saving import SavedAs, fill_session, open_session_file, rewrite_if_scattered, take_write_lock
+from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
+from kvoffload.runtime.events import StreamEvent
+from kvoffload.runtime.ranks import rank_config, refuse_files, with_rank_budget
+from kvoffload.runtime.saving import (
+    SavedAs,
+    fill_session,
+    fill_with_prefix,
+    open_session_file,
+    rewrite_if_scattered,
+    take_write_lock,
+)
 from kvoffload.runtime.session import Session
+from kvoffload.runtime.together import feed_ahead, stream_together
 from kvoffload.units import Budget
+
+T = TypeVar("T")
 
 
 def checked(fields: dict[str, Any]) -> RuntimeConfig:
@@ -57,15 +71,8 @@ class Runtime:
     def session(self, *, expected_tokens: int = 0, budget: str | int | Budget | None = None) -> Session:
         """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth, ``budget`` stands
         in for the configuration's."""
-        if budget is None:
-            return self._session(self.config, expected_tokens)
-        try:
-            parsed = Budget.parse(budget)
-        except ValueError as error:
-            raise UsageError(f"budget: {error}") from None
-        if self.loaded is not None:
-            parsed = rank_budget(parsed, self.loaded.ranks)
-        return self._session(self.config.model_copy(update={"budget": parsed}), expected_tokens)
+        config = self.config if budget is None else with_rank_budget(self.config, budget, self._ranks)
+        return self._session(config, expected_tokens)
 
     def _session(self, config: RuntimeConfig, expected_tokens: int) -> Session:
         if self.loaded is None:
@@ -73,33 +80,52 @@ class Runtime:
         loaded = self.loaded
         return Session(loaded.model, loaded.tokenizer, config, expected_tokens=expected_tokens, ranks=loaded.ranks)
 
+    @cached_property
+    def shares_forwards(self) -> bool:
+        """Whether one forward can decode several sessions; tried once. False for models with sliding windows or linear
+        layers, for policies that compute tokens anew and for several ranks."""
+        if self.loaded is None or self._ranks.several:  # what fails on one rank alone would leave the others waiting
+            return False
+        return shares_forwards(self.loaded.model, self.config)
+
+    def feed_ahead(self, sessions: Sequence[Session]) -> None:
+        """Feed the newest token of every session that has one in a single forward, where that can be done; their next
+        step, whenever it comes, finds the logits there. One that fails tells so at that step, and no other does."""
+        if self.shares_forwards:
+            feed_ahead(sessions)
+
+    def stream_together(
+        self, sessions: Sequence[Session], sampling: SamplingConfig | None = None
+    ) -> Iterator[tuple[Session, StreamEvent]]:
+        """``Session.stream`` of several prefilled sessions side by side, a forward a step for all of them; each ends
+        when it is done. What went wrong with some is raised when the others are done."""
+        yield from stream_together(sessions, sampling, self.feed_ahead)
+
     def restore(self, path: str | Path) -> Session:
         """The session that was saved at ``path``, verified; it may be asked for as often as wanted, also by several
         processes. Raises UsageError where there is none or where it was made with another model, dtype, page size,
         rotary settings or anchors; the storage package's IntegrityError where it is damaged."""
         return self._restore(Path(path), self.config)
 
+    def restore_prefix(
+        self, path: str | Path, prompt: list[int], *, expected_tokens: int = 0, budget: str | int | Budget | None = None
+    ) -> tuple[Session, int]:
+        """A session that begins with what the one saved at ``path`` has of the beginning of a prompt, and how many
+        tokens that are: sealed pages are read instead of being prefilled. The saved one stays as it is. Raises what
+        ``restore`` raises."""
+        session = self.session(expected_tokens=expected_tokens, budget=budget)
+        return session, _filled(session, Path(path), lambda bundle: fill_with_prefix(session, bundle, prompt))
+
     def _restore(self, path: Path, config: RuntimeConfig) -> Session:
         session = self._session(config, 0)
-        try:
-            refuse_files(session.ranks)
-            bundle = open_session_file(path, config)
-            try:
-                fill_session(session, bundle)
-            except BaseException:
-                bundle.close()
-                raise
-            session.saved_as = SavedAs(bundle.path.absolute(), bundle.manifest, None)
-        except BaseException:
-            session.close()
-            raise
+        _filled(session, path, lambda bundle: fill_session(session, bundle))
         return session
 
     def open_session(self, path: str | Path, *, expected_tokens: int = 0) -> Session:
         """The session at ``path``, for writing: no other process can write to it before ``close``. It is restored, or
         made at its first save. Prefills save it after every chunk, so that a killed one goes on from there."""
         path, config = Path(path), self.config
-        refuse_files(self.loaded.ranks if self.loaded else ALONE)
+        refuse_files(self._ranks)
         if config.nvme_dir is None:  # on the session's file system, where its files can be linked to
             config = config.model_copy(update={"nvme_dir": path.absolute().parent})
         if not path.exists():
@@ -131,9 +157,30 @@ class Runtime:
         self._take_over(hf_model)
         return cache
 
+    @property
+    def _ranks(self) -> Ranks:
+        return self.loaded.ranks if self.loaded else ALONE
+
     def _take_over(self, model: Any) -> None:
         if getattr(model, "_kvoffload_checked", False) or not self.config.self_test:
             switch_attention(model)
             return
         check_parity(model, self.config)
         model._kvoffload_checked = True
+
+
+def _filled(session: Session, path: Path, fill: Callable[[Bundle], T]) -> T:
+    """Fill a new session from a session file; both are closed where that fails."""
+    try:
+        refuse_files(session.ranks)
+        bundle = open_session_file(path, session.config)
+        try:
+            result = fill(bundle)
+        except BaseException:
+            bundle.close()
+            raise
+    except BaseException:
+        session.close()
+        raise
+    session.saved_as = SavedAs(bundle.path.absolute(), bundle.manifest, None)
+    return result

@@ -38,6 +38,12 @@ def rank_budget(budget: Budget, ranks: Ranks) -> Budget:
     return replace(budget, amount=budget.amount / ranks.count) if budget.unit == "bytes" else budget
 
 
+def with_rank_budget(config: RuntimeConfig, budget: str | int | Budget, ranks: Ranks) -> RuntimeConfig:
+    """One rank's configuration with its part of another budget; raises UsageError for what is none."""
+    given = config.with_budget(budget)
+    return given.with_budget(rank_budget(given.effective_budget, ranks))
+
+
 def refuse_files(ranks: Ranks) -> None:
     """Raise UsageError where a session file is wanted and several ranks have the KV."""
     if ranks.several:

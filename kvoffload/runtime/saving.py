@@ -9,10 +9,11 @@ from kvoffload_storage.bundle_format import Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
 from kvoffload_storage.locks import FolderLock
 from kvoffload_storage.rewrite import is_scattered, rewrite_bundle
+from torch import Tensor
 
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
-from kvoffload.models.cache_state import dump_cache, load_cache
+from kvoffload.models.cache_state import dump_cache, load_cache, rewind_cache
 from kvoffload.models.fingerprint import source_of, weights_hash
 from kvoffload.runtime.repair import go_back
 from kvoffload.runtime.session_file import (
@@ -123,6 +124,46 @@ def check_session(path: Path, here: Fingerprint) -> tuple[Manifest, Description]
 def fill_session(session: "Session", bundle: Bundle) -> Description:
     """Give a new session the tokens, pages and states of a session file. Every page is read, verified and shown to
     selector and completion."""
+    description, tensors = _read_state(session, bundle)
+    _fill_cache(session, bundle, description, tensors)
+    session.take_over(
+        tensors["token_ids"].tolist(),
+        description,
+        {key: tensors[key] for key in ("logits", "rng") if key in tensors},
+        None if description.sampling is None else SamplingConfig(**description.sampling),
+    )
+    if session.recomputed_pages and not description.unfinished:
+        session.finish_prefill()
+    return description
+
+
+@torch.inference_mode()
+def fill_with_prefix(session: "Session", bundle: Bundle, prompt: list[int]) -> int:
+    """Give a new session what a session file has of the beginning of a prompt, and close the file; how many tokens are
+    in the KV then. At least one token of the prompt is left, and a window of them where the rest differs: pages are
+    taken whole, and what follows them has to be prefilled. Sampling does not go on where the file's did."""
+    description, tensors = _read_state(session, bundle)
+    known = tensors["token_ids"].tolist()[: description.n_in_kv]
+    n_common = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
+    n_common = min(n_common, len(prompt) - 1)
+    if n_common == description.n_in_kv:
+        _fill_cache(session, bundle, description, tensors)
+    else:
+        config = session.config
+        n_sealed = min(len(layer) for store in bundle.stores for layer in store.checksums)
+        n_pages = min((n_common - config.sinks - config.recent) // config.page_size, n_sealed)
+        if n_pages > 0:
+            session.cache.begin_with([store.first(n_pages) for store in bundle.stores])
+            rewind_cache(session.cache, tensors, description.layers, session.model.device, n_pages=n_pages)
+        bundle.close()
+    n_kept = session.cache.get_seq_length()
+    session.token_ids = prompt[:n_kept]
+    session.note_restored()
+    return n_kept
+
+
+def _read_state(session: "Session", bundle: Bundle) -> tuple[Description, dict[str, Tensor]]:
+    """What a session file says beside its pages, if it fits the session's model and settings."""
     name = bundle.path / bundle.manifest.state.file
     description = describe(bundle.manifest.session, bundle.path)
     check_fingerprint(bundle.path, description.fingerprint, fingerprint(session.model, session.config))
@@ -130,6 +171,10 @@ def fill_session(session: "Session", bundle: Bundle) -> Description:
     if len(description.layers) != len(session.cache.layers):
         raise IntegrityError(f"{bundle.path}: {len(description.layers)} layers, the model has "
                              f"{len(session.cache.layers)}")  # fmt: skip
+    return description, tensors
+
+
+def _fill_cache(session: "Session", bundle: Bundle, description: Description, tensors: dict[str, Tensor]) -> None:
     session.cache.begin_with(bundle.stores)
     same_policy = description.policy == policy_of(session.config)
     try:
@@ -141,13 +186,5 @@ def fill_session(session: "Session", bundle: Bundle) -> Description:
         go_back(session, bundle.stores, tensors, description.layers, error)
         broken.close()
     if session.cache.get_seq_length() > description.n_in_kv or description.n_in_kv > description.n_tokens:
+        name = bundle.path / bundle.manifest.state.file
         raise IntegrityError(f"{name}: {session.cache.get_seq_length()} tokens, expected {description.n_in_kv}")
-    session.take_over(
-        tensors["token_ids"].tolist(),
-        description,
-        {key: tensors[key] for key in ("logits", "rng") if key in tensors},
-        None if description.sampling is None else SamplingConfig(**description.sampling),
-    )
-    if session.recomputed_pages and not description.unfinished:
-        session.finish_prefill()
-    return description

@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from kvoffload_storage.errors import IntegrityError
@@ -18,30 +17,14 @@ from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
+from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
-from kvoffload.runtime.ranks import merge_stats, refuse_files
+from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
 from kvoffload.runtime.stats import Stats, collect
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a prefill is; ``bytes_moved`` counts what went to and came from the tiers so far."""
-
-    done_tokens: int
-    total_tokens: int
-    bytes_moved: int
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """One generated token and the text that became certain with it; the last one says why it is the last."""
-
-    text: str
-    token: int
-    finish: Literal["stop", "length"] | None = None
+from kvoffload.units import Budget
 
 
 class Session:
@@ -61,6 +44,7 @@ class Session:
         self.sampling: SamplingConfig | None = None
         self.unfinished, self.prompt_start = False, 0
         self._logits: Tensor | None = None
+        self._fed_badly: BaseException | None = None
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
         self.prompt_tokens = self._new_tokens = 0
@@ -143,7 +127,7 @@ class Session:
             self.save(self.autosave)
 
     def _prefill_rest(self) -> Iterator[Progress]:
-        pending = self.token_ids[self.cache.get_seq_length() :]
+        pending = self.pending
         done, total = 0, len(pending)
         for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
             self._interrupt.check()
@@ -176,11 +160,30 @@ class Session:
         for layer in self.cache.offloaded:
             prepare(layer)
 
+    @property
+    def pending(self) -> list[int]:
+        """The tokens that are not in the KV yet: the newest generated one, or a prompt's rest."""
+        return self.token_ids[self.cache.get_seq_length() :]
+
+    def take_fed(self, outcome: Tensor | BaseException, took_s: float) -> None:
+        """The one pending token was fed from outside in ``took_s``, with these logits [1, vocabulary] after it; what
+        went wrong is told, or mended, by this session's next step."""
+        if isinstance(outcome, BaseException):
+            self._fed_badly = outcome
+        else:
+            self._logits = outcome
+        self._computed, self._n_steps, self._step_s = self._computed + 1, self._n_steps + 1, self._step_s + took_s
+
     def step(self, token: int) -> Tensor:
         """Feed one token behind all others, under the budget; logits fp32 [vocabulary] of the next one."""
         self._catch_up()
         self.token_ids.append(token)
         return self._catch_up()[0].float()
+
+    def set_budget(self, budget: str | int | Budget) -> None:
+        """What steps may read from now on; raises UsageError for what is no budget."""
+        self.config = with_rank_budget(self.config, budget, self.ranks)
+        self.cache.set_budget(self.config.effective_budget)
 
     def crop(self, n_tokens: int) -> None:
         """Forget the newest tokens; raises UsageError if they are sealed already (only the recent window can go). The
@@ -270,10 +273,14 @@ class Session:
             saved.prompt_start,
             saved.unfinished or self.unfinished,
         )
-        self._restored = self.cache.get_seq_length()
+        self.note_restored()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
+
+    def note_restored(self) -> None:
+        """What the cache holds now came from a session file."""
+        self._restored = self.cache.get_seq_length()
 
     def _rng(self) -> Tensor | None:
         return self._generator if self._sampler is None else self._sampler.state
@@ -296,8 +303,7 @@ class Session:
         started = time.perf_counter()
         behind = len(self.token_ids) - self.cache.get_seq_length()
         logits = self._catch_up()
-        so_far = torch.tensor([self.token_ids], device=logits.device)
-        token = self.ranks.first(int(sampler.pick(logits, so_far)))
+        token = self.ranks.first(int(sampler.pick(logits)))
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -309,19 +315,28 @@ class Session:
     @torch.inference_mode()
     def _catch_up(self) -> Tensor:
         """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
-        for token in self.token_ids[self.cache.get_seq_length() :]:
+        if self._fed_badly is not None:
+            error, self._fed_badly = self._fed_badly, None
+            self._recover(error)
+        for token in self.pending:
             try:
                 self._computed += 1
                 self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
-            except IntegrityError as error:  # then this token and those behind it are prefilled
-                repair(self, error)
-                ttft_s = self._ttft_s
-                self.finish_prefill()
-                self._ttft_s = ttft_s
+            except IntegrityError as error:
+                self._recover(error)
                 break
         if self._logits is None:
             raise UsageError("prefill a prompt first: there is nothing to go on from")
         return self._logits
+
+    def _recover(self, error: BaseException) -> None:
+        """After a forward that failed: where a page is to blame, its tokens and those behind them are prefilled."""
+        if not isinstance(error, IntegrityError):
+            raise error
+        repair(self, error)
+        ttft_s = self._ttft_s
+        self.finish_prefill()
+        self._ttft_s = ttft_s
 
     def _bytes_moved(self) -> int:
         layers = self.cache.offloaded

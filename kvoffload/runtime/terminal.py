@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from kvoffload.models.progress import LoadProgress
+from kvoffload.runtime.events import Progress as PrefillProgress
 from kvoffload.runtime.plan import Plan
-from kvoffload.runtime.session import Progress as PrefillProgress
 from kvoffload.runtime.stats import Stats
 from kvoffload.units import format_size
 
@@ -43,11 +43,21 @@ class ProgressView:
         unit = format_size if progress.total > 1 << 20 else str
         self._update(progress.step, progress.done, progress.total, f"{unit(progress.done)} of {unit(progress.total)}")
 
+    def tell(self, line: str) -> None:
+        """What was asked for, on stderr in any case."""
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def error(self, line: str) -> None:
+        self.tell("error: " + " ".join(line.split()))
+
     def prefill(self, progress: PrefillProgress) -> None:
-        amount = f"{progress.done_tokens:,}/{progress.total_tokens:,} tok, {format_size(progress.bytes_moved)} moved"
-        self._update("prefill", progress.done_tokens, progress.total_tokens, amount)
+        """A bar, and a line at the end."""
+        self.prefill_bar(progress)
         if progress.done_tokens == progress.total_tokens:
-            self.say(f"prefill {amount}")
+            self.say(f"prefill {_amount(progress)}")
+
+    def prefill_bar(self, progress: PrefillProgress) -> None:
+        self._update("prefill", progress.done_tokens, progress.total_tokens, _amount(progress))
 
     def say(self, line: str) -> None:
         """A line on stderr, unless quiet."""
@@ -64,6 +74,10 @@ class ProgressView:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total, amount=amount)
         self._bars.update(self._tasks[name], completed=done, total=total, amount=amount)
+
+
+def _amount(progress: PrefillProgress) -> str:
+    return f"{progress.done_tokens:,}/{progress.total_tokens:,} tok, {format_size(progress.bytes_moved)} moved"
 
 
 def statistics_line(stats: Stats) -> str:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from kvoffload.runtime.session import Progress
+from kvoffload.runtime.events import Progress
 from kvoffload.server.errors import Failure, RequestError
 from kvoffload.server.job import Done, Job, Piece, Queued
 from kvoffload.server.replies import DONE, sse
@@ -48,8 +48,8 @@ async def _chunks(accepted: Accepted, *, with_usage: bool, with_progress: bool) 
         yield sse(chunk)
     while True:
         match await accepted.mailbox.get():
-            case Piece(text):
-                yield sse(reply.piece(text))
+            case Piece(text, layers):
+                yield sse(reply.piece(text, layers))
             case Progress() as progress if with_progress:
                 yield sse(reply.progress(progress, reply.prompt_tokens - progress.total_tokens, started_s))
             case Queued(position) if with_progress:

@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from kvoffload.server.answers import streamed, whole
 from kvoffload.server.errors import Failure, RequestError, refuse, server_failure
-from kvoffload.server.guard import KeyGuard, failure_response, read_body
+from kvoffload.server.guard import KeyGuard, LocalNames, failure_response, read_body
+from kvoffload.server.page import add_page
 from kvoffload.server.protocol import ChatRequest, CompletionRequest, parse
 from kvoffload.server.service import Service
 
@@ -23,12 +24,15 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="kvoffload", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan(service))
     if service.options.api_key is not None:
         app.add_middleware(KeyGuard, api_key=service.options.api_key)
+    elif service.options.is_local:
+        app.add_middleware(LocalNames)
     app.add_exception_handler(RequestError, _on_failure)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
     app.add_api_route("/v1/chat/completions", _completions(service, ChatRequest), methods=["POST"])
     app.add_api_route("/v1/completions", _completions(service, CompletionRequest), methods=["POST"])
     _add_reports(app, service)
+    add_page(app)
     return app
 
 

@@ -43,6 +43,7 @@ class ServeSettings(Settings):
     request_timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     grace: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     keep_sessions: int = Field(default=4, ge=0)
+    sessions: Path | None = None
 
 
 def run_serve(given: Mapping[str, Any], config: Path | None, console: Console) -> int:
@@ -59,9 +60,12 @@ def run_serve(given: Mapping[str, Any], config: Path | None, console: Console) -
             dtype = pick_dtype(settings.dtype, load_config(source), device)
             loaded = load_model(source, dtype=dtype, device=device, tokenizer=tokenizer, on_progress=view.load)
             service = build(loaded, settings)
+            shares = service.scheduler.shares_forwards
         host, port = listener.getsockname()[:2]
         if settings.host not in _LOCAL and settings.api_key is None:
             view.warn(f"everybody who reaches {settings.host} can use this server: give --api-key")
+        if not shares:
+            view.say(f"{loaded.name} decodes requests one after the other: they cannot share a forward")
         view.say(f"serving {loaded.name} on http://{host}:{port}/v1")
         listen(service, listener, settings.grace)
     return 0
@@ -90,8 +94,11 @@ def build(loaded: LoadedModel, settings: ServeSettings) -> "Service":
     from kvoffload.server.room import Planner
     from kvoffload.server.scheduler import Limits, Scheduler
     from kvoffload.server.service import Options, Service
+    from kvoffload.server.stored import StoredSessions
 
     device, config = loaded.model.device, settings.runtime()
+    if config.nvme_dir is None and settings.sessions is not None:  # where page files can be linked into sessions
+        config = config.model_copy(update={"nvme_dir": settings.sessions})
     if config.prefill_chunk is None:
         config = config.model_copy(update={"prefill_chunk": _CHUNK.get(device.type, _CHUNK["cuda"])})
     planner = Planner(loaded.config, config, dtype=loaded.model.dtype, device=device)
@@ -103,28 +110,30 @@ def build(loaded: LoadedModel, settings: ServeSettings) -> "Service":
         sampling=settings.sampling(),
         chat_template=settings.chat_template,
         api_key=None if settings.api_key is None else settings.api_key.get_secret_value(),
+        is_local=settings.host in _LOCAL,
         max_body=settings.max_body,
         body_timeout_s=settings.body_timeout,
         request_timeout_s=settings.request_timeout,
     )
-    return Service(loaded, Scheduler(Runtime(loaded, config), limits, metrics), planner, metrics, options)
+    runtime = Runtime(loaded, config)
+    stored = None if settings.sessions is None else StoredSessions(settings.sessions, runtime)
+    scheduler = Scheduler(runtime, limits, metrics, stored=stored)
+    return Service(loaded, scheduler, planner, metrics, options, stored=stored)
 
 
 def listen(service: "Service", listener: socket.socket, grace_s: float) -> None:
     """Serve until a signal; then whoever waits is sent away at once, whoever runs has ``grace_s``."""
     import uvicorn
 
-    from kvoffload.server.app import make_app
+    from kvoffload.server.patience import server_config
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             service.scheduler.drain(grace_s)
             super().handle_exit(sig, frame)
 
-    config = uvicorn.Config(
-        make_app(service), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=5,
-        timeout_graceful_shutdown=max(round(grace_s + 1), 1), ws="none",
-    )  # fmt: skip
+    wait_s = max(round(grace_s + 1), 1)
+    config = server_config(service, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=wait_s)
     Server(config).run(sockets=[listener])
 
 

@@ -1,5 +1,6 @@
 """The flags that only ``kvoffload serve`` has."""
 
+from pathlib import Path
 from typing import Annotated
 
 from kvoffload.flags import flag
@@ -16,13 +17,21 @@ MaxQueue = Annotated[
     int | None, flag("--max-queue", help="Requests that wait; further ones are told to come back.", default="64")
 ]
 MaxBody = Annotated[str | None, flag("--max-body", help="Largest request body.", default="16MiB")]
-BodyTimeout = Annotated[float | None, flag("--body-timeout", help="Seconds a body may take to arrive.", default="30")]
+BodyTimeout = Annotated[
+    float | None,
+    flag("--body-timeout", help="Seconds a request may take to arrive, and an answer may go unread.", default="30"),
+]
 RequestTimeout = Annotated[
     float | None, flag("--request-timeout", help="Seconds a request may take, queue included.", default="no limit")
 ]
 Grace = Annotated[
     float | None, flag("--grace", help="Seconds that running requests may go on at shutdown.", default="10")
 ]
+Sessions = Annotated[
+    Path | None,
+    flag("--sessions", help="Folder of stored sessions: requests name theirs, and any prompt that begins like one "
+         "reads its pages.", default="none are stored"),
+]  # fmt: skip
 KeepSessions = Annotated[
     int | None,
     flag("--keep-sessions", help="Finished conversations whose KV is kept for a prompt that begins like one.",

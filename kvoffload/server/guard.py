@@ -1,16 +1,18 @@
-"""What stands before the routes: the key, and the size and pace of bodies."""
+"""What stands before the routes: the key, the name of the machine, and the size and pace of bodies."""
 
 import asyncio
 import hmac
+import re
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvoffload.server.errors import Failure, refuse
+from kvoffload.server.page import PATHS
 from kvoffload.units import format_size
 
-_OPEN_PATHS = {"/health"}
+_OPEN_PATHS = {"/health", *PATHS}
 
 
 def failure_response(failure: Failure) -> JSONResponse:
@@ -18,7 +20,7 @@ def failure_response(failure: Failure) -> JSONResponse:
 
 
 class KeyGuard:
-    """Lets only requests with the key through, but for /health. Keys are compared in constant time."""
+    """Lets only requests with the key through, but for /health and the page. Keys are compared in constant time."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app, self._expected = app, b"Bearer " + api_key.encode()
@@ -34,6 +36,24 @@ class KeyGuard:
         told = "wrong API key" if given else "no API key: send it as 'Authorization: Bearer KEY'"
         failure = Failure(401, told, kind="authentication_error", code="invalid_api_key")
         await failure_response(failure)(scope, receive, send)
+
+
+class LocalNames:
+    """Lets only requests through that call this machine by a local name: a web page elsewhere can have a name of its
+    own lead here, and would then be taken for ours."""
+
+    _LOCAL = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = dict(scope["headers"]).get(b"host", b"") if scope["type"] == "http" else None
+        if host is None or self._LOCAL.fullmatch(host):
+            await self._app(scope, receive, send)
+            return
+        told = "without --api-key this server answers only to localhost, 127.0.0.1 and [::1]"
+        await failure_response(Failure(421, told, code="wrong_host"))(scope, receive, send)
 
 
 async def read_body(request: Request, *, most: int, timeout_s: float) -> bytes:

@@ -44,12 +44,16 @@ class KeptSessions:
         if len(self._kept) > self._most:
             self.drop_oldest()
 
+    def longest(self, prompt: list[int]) -> Kept | None:
+        """The longest one that a prompt begins with all of."""
+        fitting = [k for k in self._kept if len(k.prefix) < len(prompt) and prompt[: len(k.prefix)] == k.prefix]
+        return max(fitting, key=lambda kept: len(kept.prefix), default=None)
+
     def copy_into(self, session: Session, prompt: list[int]) -> int:
         """Let an empty session begin with the longest kept prefix of a prompt; the number of its tokens, 0 for none."""
-        fitting = [k for k in self._kept if len(k.prefix) < len(prompt) and prompt[: len(k.prefix)] == k.prefix]
-        if not fitting:
+        best = self.longest(prompt)
+        if best is None:
             return 0
-        best = max(fitting, key=lambda kept: len(kept.prefix))
         self._kept.remove(best)
         self._kept.append(best)
         session.copy_prefill(best.session)

@@ -11,6 +11,7 @@ from kvoffload.units import Budget
 MOST_STOPS = 16
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
+SessionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Off = Literal[False] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 One = Annotated[int, Field(ge=1, le=1)] | None
@@ -21,10 +22,13 @@ class _Strict(BaseModel):
 
 
 class Vendor(_Strict):
-    """What only kvoffload has: ``budget`` as in --budget, and chunks that tell how far a streamed prefill is."""
+    """What only kvoffload has: ``budget`` as in --budget, the name under which the session is stored, and in a stream
+    chunks that tell how far the prefill is and what each token's step did in each layer."""
 
     budget: str | int | None = None
+    session: SessionName | None = None
     return_progress: bool = False
+    return_layers: bool = False
 
     @field_validator("budget")
     @classmethod

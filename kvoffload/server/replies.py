@@ -2,10 +2,11 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kvoffload.runtime.session import Progress
+from kvoffload.runtime.events import Progress
+from kvoffload.runtime.layer_figures import LayerFigures
 from kvoffload.server.job import Done
 
 DONE = b"data: [DONE]\n\n"
@@ -31,8 +32,10 @@ class Reply:
         """The chunks that open a stream."""
         return [self._chunk({"role": "assistant", "content": ""})] if self.chat else []
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk({"content": text} if self.chat else text)
+    def piece(self, text: str, layers: LayerFigures | None = None) -> dict[str, Any]:
+        """A chunk of the answer, with what its token did in each layer where that is wanted."""
+        figures = {} if layers is None else {"kvoffload": {"layers": asdict(layers)}}
+        return {**self._chunk({"content": text} if self.chat else text), **figures}
 
     def last(self, done: Done) -> dict[str, Any]:
         """The chunk that says why the answer ends, and what it cost."""
@@ -84,7 +87,8 @@ def vendor(done: Done) -> dict[str, Any]:
         "charged_tokens_per_step", "charged_share", "hit_rate", "completion_mass", "resident_bytes", "ttft_s",
         "tpot_ms",
     )  # fmt: skip
-    return {name: getattr(done.stats, name) for name in names}
+    session = {} if done.stored is None else {"session": done.stored.as_dict()}
+    return {name: getattr(done.stats, name) for name in names} | session
 
 
 def sse(value: dict[str, Any]) -> bytes:

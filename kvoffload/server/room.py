@@ -11,7 +11,7 @@ import torch
 from kvoffload.config import RuntimeConfig
 from kvoffload.runtime.limits import Limits
 from kvoffload.runtime.plan import make_plan
-from kvoffload.units import Budget, format_size
+from kvoffload.units import format_size
 
 SHARE = 0.9  # of what is free: activations, buffers and everything else need some too
 
@@ -55,9 +55,7 @@ class Planner:
 
     def need(self, n_tokens: int, budget: str | int | None = None) -> Room:
         """Bytes for one sequence that grows to so many tokens, under a budget of its own; the weights are not in it."""
-        config = self._config
-        if budget is not None:
-            config = config.model_copy(update={"budget": Budget.parse(budget)})
+        config = self._config if budget is None else self._config.with_budget(budget)
         plan = make_plan(self._model_config, config, n_tokens, dtype=self._dtype, device=self._device, limits=Limits())
         pages = {need.where: need.n_bytes for need in plan.needs if need.what == "KV pages"}
         return Room(

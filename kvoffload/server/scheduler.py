@@ -11,15 +11,19 @@ sequences, sessions and the model belong to the worker. Signal handlers may call
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from kvoffload.models.batch import FAILURES
 from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.session import Session
 from kvoffload.server.errors import STOPPING, TIMED_OUT, Failure, RequestError, refuse, server_failure
 from kvoffload.server.job import Done, Job, Queued
 from kvoffload.server.kept import KeptSessions
 from kvoffload.server.metrics import Metrics
 from kvoffload.server.room import Room
-from kvoffload.server.sequence import FAILURES, Sequence, Stepper, as_failure, step_in_turn
+from kvoffload.server.sequence import Sequence, Stepper, as_failure, step_together
+from kvoffload.server.stored import StoredSessions
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,15 @@ class Limits:
 
 
 class Scheduler:
-    """Runs jobs until it is closed; ``stepper`` makes one decode step of all that are prefilled."""
+    """Runs jobs until it is closed; ``stepper`` makes one decode step of all that are prefilled, in one forward where
+    none is given."""
 
-    def __init__(self, runtime: Runtime, limits: Limits, metrics: Metrics, *, stepper: Stepper = step_in_turn) -> None:
-        self._runtime, self._limits, self._metrics, self._stepper = runtime, limits, metrics, stepper
+    def __init__(
+        self, runtime: Runtime, limits: Limits, metrics: Metrics, *,
+        stepper: Stepper | None = None, stored: StoredSessions | None = None,
+    ) -> None:  # fmt: skip
+        self._runtime, self._limits, self._metrics, self._stored = runtime, limits, metrics, stored
+        self._stepper = stepper or step_together(runtime)
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: list[Sequence] = []
@@ -57,6 +66,11 @@ class Scheduler:
         return self._closing_at_s is None
 
     @property
+    def shares_forwards(self) -> bool:
+        """Whether a step of several requests is one forward; tried on the model the first time."""
+        return self._runtime.shares_forwards
+
+    @property
     def n_running(self) -> int:
         return len(self._running)
 
@@ -71,6 +85,8 @@ class Scheduler:
         with self._changed:
             if not self.alive:
                 raise RequestError(STOPPING)
+            if job.store_as is not None and job.store_as in self._names():
+                raise refuse(f"session {job.store_as!r} is in use", code="session_in_use", status=409)
             if self.n_running + self.n_waiting >= self._limits.max_running + self._limits.max_queue:
                 raise RequestError(self._queue_full())
             self._waiting.append(job)
@@ -92,6 +108,10 @@ class Scheduler:
             self._closing_at_s = min(self._closing_at_s, time.monotonic() + grace_s)
         if self._worker.ident is not None:
             self._worker.join()
+
+    def _names(self) -> set[str | None]:
+        """Under which sessions will be stored that run or wait now."""
+        return {job.store_as for job in (*self._waiting, *(sequence.job for sequence in self._running))}
 
     def _queue_full(self) -> Failure:
         rounds = 1 + self.n_waiting / self._limits.max_running
@@ -167,16 +187,33 @@ class Scheduler:
             return self._waiting.popleft()
 
     def _begin(self, job: Job) -> None:
-        n_tokens = len(job.prompt) + job.sampling.max_new_tokens
-        session = self._runtime.session(expected_tokens=n_tokens, budget=job.budget)
+        session, cached = self._open(job)
         try:
-            cached = self._kept.copy_into(session, job.prompt)
             sequence = Sequence(job, session, cached)
         except BaseException:
             session.close()
             raise
         with self._changed:
             self._running.append(sequence)
+
+    def _open(self, job: Job) -> tuple[Session, int]:
+        """A session with as much of the prompt as is known: from a stored one, or else from a kept one."""
+        options: dict[str, Any] = {
+            "expected_tokens": len(job.prompt) + job.sampling.max_new_tokens,
+            "budget": job.budget,
+        }
+        if self._stored is not None:
+            path, n_stored = self._stored.longest(job.prompt)
+            kept = self._kept.longest(job.prompt)
+            better = kept is None or n_stored > len(kept.prefix)
+            if path is not None and better and (found := self._stored.begin(path, job.prompt, **options)):
+                return found
+        session = self._runtime.session(**options)
+        try:
+            return session, self._kept.copy_into(session, job.prompt)
+        except BaseException:
+            session.close()
+            raise
 
     def _prefill(self) -> None:
         """One chunk of the sequence that has waited longest for one."""
@@ -214,6 +251,8 @@ class Scheduler:
         with self._changed:
             self._running.remove(sequence)
         self._last_s = time.monotonic() - job.arrived_s
+        if self._stored is not None and job.store_as is not None:
+            done = replace(done, stored=self._stored.store(sequence.session, job.store_as))
         self._kept.keep(sequence.session, job.need)
         self._metrics.ended(done.finish)
         self._metrics.finished(done.stats, prompt_tokens=len(job.prompt), cached_tokens=done.cached_tokens,

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Generator, Iterable, Iterator
 from typing import Protocol
 
-from kvoffload_storage.errors import StorageError
-
 from kvoffload.errors import KvoffloadError
-from kvoffload.runtime.session import Progress, Session, StreamEvent
+from kvoffload.models.batch import FAILURES
+from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.events import Progress, StreamEvent
+from kvoffload.runtime.layer_figures import LayerWatch
+from kvoffload.runtime.session import Session
 from kvoffload.server.errors import Failure, server_failure
 from kvoffload.server.job import Done, Job, Piece
 
 _log = logging.getLogger(__name__)
-FAILURES = (KvoffloadError, StorageError, OSError, MemoryError, RuntimeError)
-"""What ends one request and lets the others go on; torch raises RuntimeError, also where memory is out."""
 
 
 class Sequence:
@@ -24,6 +24,7 @@ class Sequence:
         session.begin_prefill(job.prompt[cached_tokens:])
         self._chunks = session.prefill_chunks()
         self._events: Generator[StreamEvent, None, None] = session.stream(job.sampling)  # type: ignore[assignment]
+        self._watch = LayerWatch()
         self.n_new = 0
         self._closed = False
 
@@ -48,8 +49,9 @@ class Sequence:
 
     def tell(self, event: StreamEvent) -> Done | None:
         """Send the client what a step gave; the end of the answer, if this was it."""
-        if event.text:
-            self.job.send(Piece(event.text))
+        layers = self._watch.take(self.session.cache.offloaded) if self.job.with_layers else None
+        if event.text or layers:
+            self.job.send(Piece(event.text, layers))
         if event.finish is None:
             return None
         self._events.close()
@@ -77,8 +79,7 @@ class Stepper(Protocol):
     """One decode step of several sequences that are all prefilled.
 
     Gives every sequence's token, or why it failed, as soon as it is there; between two of them the scheduler may close
-    sequences, and those that are not ``live`` any more are left out. Whoever makes one forward of all writes another
-    one of these.
+    sequences, and those that are not ``live`` any more are left out.
     """
 
     def __call__(self, sequences: Iterable[Sequence]) -> Iterator[Stepped]: ...
@@ -93,6 +94,17 @@ def step_in_turn(sequences: Iterable[Sequence]) -> Iterator[Stepped]:
             yield sequence, sequence.step()
         except FAILURES as error:
             yield sequence, as_failure(error)
+
+
+def step_together(runtime: Runtime) -> Stepper:
+    """One forward of all that can share one, and then a token of each in turn."""
+
+    def step(sequences: Iterable[Sequence]) -> Iterator[Stepped]:
+        live = [sequence for sequence in sequences if sequence.live]
+        runtime.feed_ahead([sequence.session for sequence in live])
+        yield from step_in_turn(live)
+
+    return step
 
 
 def as_failure(error: BaseException) -> Failure:

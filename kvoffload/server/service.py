@@ -16,6 +16,7 @@ from kvoffload.server.protocol import ChatRequest, CompletionRequest
 from kvoffload.server.replies import Reply
 from kvoffload.server.room import Planner
 from kvoffload.server.scheduler import Scheduler
+from kvoffload.server.stored import StoredSessions
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Options:
     sampling: SamplingConfig
     chat_template: bool = True
     api_key: str | None = None
+    is_local: bool = True
     max_body: int = 16 << 20
     body_timeout_s: float = 30.0
     request_timeout_s: float | None = None
@@ -61,9 +63,10 @@ class Service:
     """Belongs to the event loop; only the scheduler has a thread."""
 
     def __init__(
-        self, loaded: LoadedModel, scheduler: Scheduler, planner: Planner, metrics: Metrics, options: Options
-    ) -> None:
-        self.scheduler, self.metrics, self.options = scheduler, metrics, options
+        self, loaded: LoadedModel, scheduler: Scheduler, planner: Planner, metrics: Metrics, options: Options, *,
+        stored: StoredSessions | None = None,
+    ) -> None:  # fmt: skip
+        self.scheduler, self.metrics, self.options, self._stored = scheduler, metrics, options, stored
         self._planner, self._tokenizer = planner, loaded.tokenizer
         text = loaded.model.config.get_text_config(decoder=True)
         self._context, self._vocabulary = int(text.max_position_embeddings), int(text.vocab_size)
@@ -74,6 +77,7 @@ class Service:
         """Tokenise and queue; raises RequestError for what cannot be served."""
         self.check_model(request.model)
         chat = isinstance(request, ChatRequest)
+        await self._check_session(request.kvoffload.session)
         prompt = await self._tokens(request)
         limit = check_length(
             len(prompt), request.limit, context=self._context, default=self.options.sampling.max_new_tokens
@@ -86,6 +90,8 @@ class Service:
             need=self._planner.need(len(prompt) + limit, request.kvoffload.budget),
             send=mailbox.put,
             budget=request.kvoffload.budget,
+            store_as=request.kvoffload.session,
+            with_layers=bool(request.stream) and request.kvoffload.return_layers,
             deadline_s=None if timeout_s is None else time.monotonic() + timeout_s,
         )
         position = self.scheduler.submit(job)
@@ -96,6 +102,13 @@ class Service:
         if name != self.options.model_name:
             raise refuse(f"model {name!r} is not served here; this server has {self.options.model_name!r}",
                          param="model", code="model_not_found", status=404)  # fmt: skip
+
+    async def _check_session(self, name: str | None) -> None:
+        if name is None:
+            return
+        if self._stored is None:
+            raise refuse("kvoffload.session: this server stores none (--sessions)", param="kvoffload")
+        await asyncio.to_thread(self._stored.check, name)
 
     async def _tokens(self, request: ChatRequest | CompletionRequest) -> list[int]:
         encode: Callable[[], list[int]]

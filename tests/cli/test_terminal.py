@@ -6,7 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from kvoffload.models.progress import LoadProgress
-from kvoffload.runtime.session import Progress
+from kvoffload.runtime.events import Progress
 from kvoffload.runtime.stats import Stats
 from kvoffload.runtime.terminal import ProgressView, statistics_line
 

@@ -12,8 +12,8 @@ import openai
 import uvicorn
 
 from kvoffload.models.catalog import LoadedModel
-from kvoffload.server.app import make_app
 from kvoffload.server.command import ServeSettings, bind, build
+from kvoffload.server.patience import server_config
 from kvoffload.server.service import Service
 from kvoffload.settings import load_settings_of
 
@@ -57,7 +57,7 @@ def serving(loaded: LoadedModel, **fields: Any) -> Iterator[Served]:
     settings = load_settings_of(ServeSettings, SMALL | fields)
     service = build(loaded, settings)
     listener = bind("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(service), log_level="critical", ws="none", timeout_graceful_shutdown=1)
+    config = server_config(service, log_level="critical", timeout_graceful_shutdown=1, timeout_keep_alive=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

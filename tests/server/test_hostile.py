@@ -32,7 +32,7 @@ def connect(served):
 
 def request_bytes(body, *, length=None):
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {length or len(data)}\r\n\r\n".encode() + data
 
 
@@ -80,6 +80,18 @@ def test_only_the_key_opens_and_health_is_open(serve):
         assert http.get("/v1/models", headers={"Authorization": "Bearer a secret"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("fields", "host", "status"),
+    [({}, "evil.example", 421), ({}, "evil.example:8000", 421), ({}, "localhost.evil.example", 421), ({}, "", 421),
+     ({}, "LOCALHOST:1", 200), ({}, "[::1]:8000", 200), ({"api_key": "k"}, "evil.example", 200),
+     ({"host": "0.0.0.0"}, "a.example", 200)],
+)  # fmt: skip
+def test_a_page_elsewhere_cannot_reach_a_server_without_a_key_by_a_name_of_its_own(serve, fields, host, status):
+    served = serve(**fields)
+    with served.http() as http:
+        assert http.get("/v1/models", headers={"Host": host, "Authorization": "Bearer k"}).status_code == status
+
+
 def test_a_body_beyond_the_limit_is_refused_declared_or_not(serve):
     served = serve(max_body="4KiB")
 
@@ -101,6 +113,43 @@ def test_a_body_that_does_not_arrive_times_out(serve):
         slow.sendall(request_bytes(BODY, length=5000))
         assert b" 408 " in slow.recv(1000).splitlines()[0]
     assert asked(served).status_code == 200
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health HT", request_bytes(BODY)[:60]], ids=["nothing", "line", "head"])
+def test_a_head_that_does_not_arrive_loses_its_connection(serve, begun):
+    served = serve(body_timeout=0.2)
+    before = open_files()
+    with connect(served) as slow:
+        slow.sendall(begun)
+        assert slow.recv(1000) == b""
+    with connect(served) as second:  # after a whole request too
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea")
+        while received := second.recv(1000):
+            assert b"400" not in received
+    served.until(lambda: open_files() <= before)
+
+
+def test_who_reads_nothing_for_long_loses_the_connection(serve):
+    served = serve(body_timeout=0.2)
+    before = open_files()
+    with connect(served) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        limit_s = time.monotonic() + 20
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012 - one of many sends
+            while time.monotonic() < limit_s:
+                deaf.sendall(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
+    served.until(lambda: open_files() <= before)
+    assert asked(served).status_code == 200
+
+
+def test_a_slow_answer_is_not_a_stalled_one(serve):
+    served = serve(body_timeout=0.2)
+    with served.http() as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
+        started_s = time.monotonic()
+        for line in stream.iter_lines():
+            if line and time.monotonic() - started_s > 1:
+                break
+    assert time.monotonic() - started_s > 1
 
 
 def test_past_the_queue_there_is_a_503_with_a_time_to_come_back(serve):
@@ -181,16 +230,16 @@ def test_a_request_that_takes_too_long_ends_with_a_timeout(serve):
     served.until_idle()
 
 
-def test_connects_and_disconnects_leave_nothing_behind(serve, tmp_path):
+def test_a_thousand_connects_and_disconnects_leave_nothing_behind(serve, tmp_path):
     served = serve(offload="nvme", nvme_dir=str(tmp_path), nvme_floor=0)
     assert asked(served).status_code == 200
     before = open_files()
-    for i in range(60):
+    for i in range(1000):
         with connect(served) as going:
             if i % 3 == 1:
-                going.sendall(request_bytes(LONG)[: 20 + i * 3])
-            elif i % 3 == 2:
-                going.sendall(request_bytes(LONG | {"stream": i % 2 == 0}))
+                going.sendall(request_bytes(LONG)[: 20 + i % 200])
+            elif i % 50 == 2:
+                going.sendall(request_bytes(LONG | {"stream": i % 4 == 0}))
                 served.until(lambda: served.scheduler.n_running > 0)
     served.until_idle()
     served.until(lambda: open_files() <= before)

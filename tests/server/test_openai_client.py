@@ -104,6 +104,21 @@ def test_progress_comes_in_chunks_of_its_own(client):
     assert {(progress["total"], progress["cache"]) for progress in told} == {(200, 0)}
 
 
+def test_a_stream_tells_what_every_layer_did_with_each_token(client):
+    chunks = [*client.completions.create(
+        model="tiny", prompt="p" * 200, max_tokens=6, stream=True,
+        extra_body={"kvoffload": {"return_layers": True, "budget": "20%"}},
+    )]  # fmt: skip
+    told = [chunk.model_extra["kvoffload"] for chunk in chunks if "kvoffload" in chunk.model_extra]
+    layers, last = [each["layers"] for each in told if "layers" in each], told[-1]
+    assert len(layers) == 5, "the first token comes from the prefill"
+    assert {len(values) for each in layers for values in each.values()} == {4}
+    read = [sum(each["read"]) / 4 for each in layers]
+    assert sum(read) / 5 == pytest.approx(last["read_tokens_per_step"], rel=1e-3)
+    completed = [sum(each["completed"]) / 4 for each in layers]
+    assert sum(completed) / 5 == pytest.approx(last["completion_mass"], rel=1e-2)
+
+
 def test_sixteen_at_once_get_what_each_gets_alone(served, loaded):
     prompts = [f"{i} of many " * (3 + 11 * (i % 6)) for i in range(16)]
     lengths = [4 + i % 9 for i in range(16)]

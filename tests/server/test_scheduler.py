@@ -2,14 +2,16 @@
 
 import queue
 from contextlib import contextmanager
+from functools import wraps
 
 import pytest
 from served import SMALL
 
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.events import Progress
 from kvoffload.runtime.limits import Limits as Free
-from kvoffload.runtime.session import Progress, Session
+from kvoffload.runtime.session import Session
 from kvoffload.server.errors import Failure, RequestError
 from kvoffload.server.job import Done, Job, Piece, Queued
 from kvoffload.server.metrics import Metrics
@@ -22,7 +24,7 @@ RUNTIME = {k: v for k, v in SMALL.items() if k not in ("model", "keep_sessions",
 
 
 @contextmanager
-def scheduling(loaded, *, stepper=step_in_turn, config=None, started=True, **limits):
+def scheduling(loaded, *, stepper=None, config=None, started=True, **limits):
     runtime = Runtime(loaded, RuntimeConfig(**(RUNTIME | (config or {}))))
     fields = {"max_running": 8, "max_queue": 8, "keep_sessions": 0, "room": EVERYTHING}
     scheduler = Scheduler(runtime, Limits(**(fields | limits)), Metrics(), stepper=stepper)
@@ -92,6 +94,33 @@ def test_prompts_are_prefilled_in_turn(loaded):
         for client in clients:
             assert isinstance(client.end(), Done)
     assert [name for name, event in log if isinstance(event, Progress)] == ["a", "b"] * 3
+
+
+def test_jobs_share_a_forward_while_they_decode(loaded, monkeypatch):
+    batches, forward = [], loaded.model.forward
+
+    @wraps(forward)
+    def counted(ids, **options):
+        if ids.shape[1] == 1:
+            batches.append(ids.shape[0])
+        return forward(ids, **options)
+
+    lengths = {"a": 3, "b": 9, "c": 6}
+    prompts = {name: ids(40 + 9 * i, i) for i, name in enumerate(lengths)}
+    expected = {name: tokens(loaded, prompts[name], n) for name, n in lengths.items()}
+    monkeypatch.setattr(loaded.model, "forward", counted)
+    with scheduling(loaded, started=False) as scheduler:
+        clients = [Client(name, prompts[name], n) for name, n in lengths.items()]
+        for client in clients:
+            scheduler.submit(client.job)
+        scheduler.start()
+        assert all(isinstance(client.end(), Done) for client in clients)
+    assert sum(batches) == sum(n - 1 for n in lengths.values()), "the newest token is never fed"
+    assert max(batches) >= 2, "they joined"
+    assert batches[-1] == 1, "and left"
+    for client in clients:
+        text = "".join(event.text for _, event in client.log if isinstance(event, Piece))
+        assert text == loaded.tokenizer.decode(expected[client.name], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvoffload_kernels.merge.kernel import merge_splits
 from kvoffload_kernels.tiles import (
+    INTERPRETED,
     MAX_HEADS,
     capped,
     finite,
@@ -36,13 +37,16 @@ def supported(query: Tensor, codes: Tensor, page_size: int) -> bool:
 def _codes(  # type: ignore[no-untyped-def]
     codes, BITS: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, T: tl.constexpr
 ):
-    """The codes of one group, bf16 [8 / BITS * WP, T]: plane after plane, each padded from WIDTH to WP channels."""
+    """128 plus the codes of one group, bf16 [8 / BITS * WP, T]: plane after plane, each padded from WIDTH to WP
+    channels. 128 to 143 are bit patterns of bf16 that end in the code."""
     byte, token = tl.arange(0, WP), tl.arange(0, T)
     mask = (byte < WIDTH)[:, None] & (token >= 0)[None, :]
     packed = tl.load(codes + token[None, :] * WIDTH + byte[:, None], mask=mask, other=0).to(tl.int32)
     shifts = tl.arange(0, 8 // BITS) * BITS
-    planes = (packed[None, :, :] >> shifts[:, None, None]) & ((1 << BITS) - 1)
-    return tl.reshape(planes, [8 // BITS * WP, T]).to(tl.float32).to(tl.bfloat16)
+    planes = tl.reshape((packed[None, :, :] >> shifts[:, None, None]) & ((1 << BITS) - 1), [8 // BITS * WP, T])
+    if INTERPRETED:
+        return (planes + 128).to(tl.float32).to(tl.bfloat16)
+    return (planes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)  # two bit operations instead of two conversions
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -65,7 +69,9 @@ def _score_pages(  # type: ignore[no-untyped-def]
         base = tl.sum(q * tl.load(zero + stats, mask=real, other=0.0).to(tl.float32)[None, :], 1)
         stepped = q * tl.load(step + stats, mask=real, other=0.0).to(tl.float32)[None, :]
         values = _codes(codes + row * codes_row + group * T * WIDTH, BITS, WIDTH, WP, T)
-        z = product(halves(stepped, second[:, None], tl.bfloat16), values) + tl.where(second, 0.0, base)[:, None]
+        stepped = halves(stepped, second[:, None], tl.bfloat16)
+        base = tl.where(second, 0.0, base) - 128 * tl.sum(stepped.to(tl.float32), 1)
+        z = product(stepped, values) + base[:, None]
         z = joined(z, HP, T)
         if MISSING:
             counts = g * T + token >= tl.load(missing + row)
@@ -99,7 +105,8 @@ def _attend_index(  # type: ignore[no-untyped-def]
         zeros = tl.load(zero + stats, mask=real, other=0.0).to(tl.float32)
         steps = tl.load(step + stats, mask=real, other=0.0).to(tl.float32)
         values = _codes(codes + row * codes_row + group * T * WIDTH, BITS, WIDTH, WP, T)
-        z = product(halves(q * steps[None, :], second[:, None], tl.bfloat16), values)
+        stepped = halves(q * steps[None, :], second[:, None], tl.bfloat16)
+        z = product(stepped, values) - 128 * tl.sum(stepped.to(tl.float32), 1)[:, None]
         z = capped(joined_twice(z, HP, T) + tl.sum(q * zeros[None, :], 1)[:, None], CAP)
         tokens = g * T + token
         if MISSING:
@@ -110,7 +117,8 @@ def _attend_index(  # type: ignore[no-untyped-def]
         kept, p = tl.exp(top - shift), tl.exp(z - shift[:, None])
         weight = tl.sum(p, 1)
         mass, top = mass * kept + weight, new_top
-        codes_mean = product(halves(p, second[:, None], tl.bfloat16), tl.trans(values))
+        p = halves(p, second[:, None], tl.bfloat16)
+        codes_mean = product(p, tl.trans(values)) - 128 * tl.sum(p.to(tl.float32), 1)[:, None]
         acc = (
             acc * kept[:, None] + codes_mean * steps[None, :] + tl.where(second, 0.0, weight)[:, None] * zeros[None, :]
         )
@@ -142,7 +150,7 @@ def score_pages(
         arguments = _arguments(query, codes, zero, step, missing)
         _score_pages[(triton.cdiv(n_groups, _GROUPS), rows)](
             *arguments, out, n_groups, n_pages, codes.stride(0), zero.stride(0),
-            GROUPS=_GROUPS, **_sizes(query, codes, bits, page_size, missing),
+            GROUPS=_GROUPS, num_warps=1, **_sizes(query, codes, bits, page_size, missing),
         )  # fmt: skip
     return out
 
@@ -170,7 +178,7 @@ def attend_index(
     _attend_index[(n_splits, rows)](
         *arguments, excluded.contiguous().view(torch.uint8), out, lse, n_groups, n_pages, groups, codes.stride(0),
         zero.stride(0), QUERIES=excluded.shape[0] // rows, CAP=softcap or 0.0,
-        **_sizes(query, codes, bits, page_size, missing),
+        num_warps=2, **_sizes(query, codes, bits, page_size, missing),
     )  # fmt: skip
     return merge_splits(out, lse)
 

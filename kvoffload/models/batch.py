@@ -1,0 +1,89 @@
+"""One decode forward for several sequences of different lengths, each with a cache of its own.
+
+Embeddings, projections, MLPs and the head run once for all; attention is each sequence's own, under its own budget, by
+the layers of its own cache. A batch lasts for one forward, so sequences join and leave between any two.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from kvoffload_storage.errors import StorageError
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvoffload.config import RuntimeConfig
+from kvoffload.errors import KvoffloadError
+from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.tagged import AttendingLayer
+from kvoffload.values import Partial
+
+FAILURES = (KvoffloadError, StorageError, OSError, MemoryError, RuntimeError)
+"""What ends one sequence and lets the others go on; torch raises RuntimeError, also where memory is out."""
+
+Failed = dict[int, BaseException]
+"""What went wrong with which sequence of a batch."""
+
+
+class BatchLayer(AttendingLayer):
+    """The layers of several caches at one place of the model, which have KV already. A sequence that ``failed`` is left
+    alone in all later layers; zeros stand for what it would have attended to."""
+
+    def __init__(self, layers: Sequence[OffloadLayer], failed: Failed) -> None:
+        super().__init__()
+        self._layers, self._failed = layers, failed
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        for i, layer in enumerate(self._layers):
+            if i not in self._failed:
+                layer.update(key_states[i : i + 1], value_states[i : i + 1])
+        return self.tag(key_states), value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
+    ) -> Partial:
+        def attend_one(i: int, layer: OffloadLayer) -> Partial:
+            own = slice(i, i + 1)
+            if i not in self._failed:
+                try:
+                    return layer.attend(query[own], key[own], value[own], None, scale=scale, softcap=softcap)
+                except FAILURES as error:
+                    self._failed[i] = error
+            return Partial.empty(query[i].float().unflatten(0, (key.shape[1], -1)), value.shape[-1])
+
+        parts = [attend_one(i, layer) for i, layer in enumerate(self._layers)]
+        return Partial(torch.cat([part.output for part in parts]), torch.cat([part.lse for part in parts]))
+
+    def get_seq_length(self) -> int:
+        return max(layer.get_seq_length() for layer in self._layers)
+
+
+def can_batch(model: Any, config: RuntimeConfig) -> bool:
+    """Whether sequences under this configuration can share a forward: no layer keeps KV outside the tiers (sliding
+    windows, linear attention), nothing is computed anew, and a token's rotation follows from its own position alone."""
+    with OffloadCache(model.config, config) as cache:
+        whole = cache.n_offloaded == len(cache.layers) and not cache.anew.is_wanted
+    return whole and _rotates_alone(model.config) and "position_ids" in inspect.signature(model.forward).parameters
+
+
+@torch.inference_mode()
+def feed_together(model: Any, caches: Sequence[OffloadCache], tokens: Sequence[int]) -> list[Tensor | BaseException]:
+    """Decode one token behind what each cache holds, in one forward; for each sequence the logits [1, vocabulary] after
+    it, or what went wrong with it alone. All must be such as ``can_batch`` says, and prefilled."""
+    failed: Failed = {}
+    places = zip(*(cache.layers for cache in caches), strict=True)
+    batch = Cache(layers=[BatchLayer(layers, failed) for layers in places])
+    device = model.device
+    ids = torch.tensor(tokens, device=device)[:, None]
+    positions = torch.tensor([cache.get_seq_length() for cache in caches], device=device)[:, None]
+    output = model(ids, past_key_values=batch, position_ids=positions, use_cache=True)
+    logits: Tensor = output.logits[:, -1]
+    return [failed[i] if i in failed else logits[i : i + 1] for i in range(len(caches))]
+
+
+def _rotates_alone(model_config: Any) -> bool:
+    """False for rotary embeddings whose frequencies follow from the longest sequence of a batch."""
+    rotary = getattr(model_config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)]
+    return not any(kind is not None and ("dynamic" in kind or kind == "longrope") for kind in kinds)
