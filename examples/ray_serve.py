@@ -3,9 +3,10 @@
     pip install 'kvoffload[ray]'
     serve run examples.ray_serve:build_app model=smollm2-135m offload=nvme budget=5% replicas=2
 
-Arguments are the settings of ``kvoffload serve`` (but host, port and grace, which are Ray's), and ``replicas``,
+Arguments are the settings of ``kvoffload serve`` (Ray listens, so port and grace are its own), and ``replicas``,
 ``gpus`` and ``cpus`` of each. Caps such as nvme_max are for each replica. A conversation that comes to another replica
-is prefilled there again: kept sessions are not shared.
+is prefilled there again: kept sessions are not shared. Clients that call the cluster by another name than localhost
+need ``host=0.0.0.0``, and then an api_key.
 """
 
 from collections.abc import Mapping
