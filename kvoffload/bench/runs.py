@@ -92,7 +92,8 @@ class OurRun(Run):
     def step(self, ids: Tensor) -> Tensor:
         if self._case.n_sequences == 1:
             return self._session.step(int(ids))[None]
-        return feed(self._model, self.cache, ids)[:, -1]
+        stepped = self._session.replays.step(self.cache, ids)
+        return feed(self._model, self.cache, ids)[:, -1] if stepped is None else stepped.logits
 
     def start(self) -> None:
         self._before = self._moved()
@@ -116,7 +117,10 @@ class OurRun(Run):
     def told(self) -> dict[str, Any]:
         stats = self._stats()
         told = ("budget_tokens", "read_tokens_per_step", "charged_tokens_per_step", "hit_rate", "completion_mass")
-        return {name: getattr(stats, name) for name in told} | {"index_host_bytes": stats.index_host_bytes}
+        replays = self._session.replays
+        refusal = "" if replays.graph is None else replays.graph.refusal
+        graph = {"graph_steps": replays.n_replays, "graph_refusal": refusal}
+        return {name: getattr(stats, name) for name in told} | {"index_host_bytes": stats.index_host_bytes, **graph}
 
     def _moved(self) -> int:
         return sum(self._stats().decode_bytes_read.values())

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
+from kvoffload.attention.fixed import decode_fixed
 from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefetch import Prefetch
@@ -27,6 +28,8 @@ from kvoffload.geometry import Geometry
 from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
 from kvoffload.models.intake import Intake, room_told
+from kvoffload.models.refusals import OneSequenceARow
+from kvoffload.models.stages import keep_stage
 from kvoffload.models.tagged import AttendingLayer
 from kvoffload.policies.base import Freezing
 from kvoffload.units import Budget
@@ -84,6 +87,9 @@ class OffloadLayer(AttendingLayer):
         return self.kv, q, k, v
 
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+        if self._cache.fixed:
+            return _as_heads(kv, decode_fixed(kv, query_rows(q), k, v))
+        kv.fix(None)
         if self._cache.rectifies:
             return self._cache.intake.rectify(kv, q, k, v)
         one_by_one = q.shape[2] == 1 or self._cache.stepping
@@ -93,9 +99,7 @@ class OffloadLayer(AttendingLayer):
         n_new = q.shape[2] - kv.n_revised
         if n_new > kv.run_length(n_new):
             raise UsageError(f"{n_new} tokens in one forward: at most {kv.run_length(n_new)} can be decoded")
-        step = decode(kv, query_rows(q), k, v)
-        output, lse = (t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse))
-        return Partial(output, lse)
+        return _as_heads(kv, decode(kv, query_rows(q), k, v))
 
     def copy_prefill(self, sources: "Sequence[OffloadLayer]") -> None:
         """Take over other layers' tokens as if they had been prefilled here, several as sequences side by side; nothing
@@ -135,14 +139,22 @@ class OffloadLayer(AttendingLayer):
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
 
-class OffloadCache(DynamicCache):
+def _as_heads(kv: LayerCache, step: Partial) -> Partial:
+    """A partial in query rows as [rows, R, Q, ...]."""
+    return Partial(*(t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse)))
+
+
+class OffloadCache(OneSequenceARow, DynamicCache):
     """A DynamicCache whose full-attention layers keep their KV in the configured tier.
 
     Pass it to ``generate(past_key_values=cache)`` of a model whose attention implementation is ours, and close it (or
     use it in a ``with`` block): files and pinned memory are given back then. One thread at a time.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, config: RuntimeConfig, *, expected_tokens: int = 0) -> None:
+    def __init__(
+        self, model_config: PreTrainedConfig, config: RuntimeConfig, *, expected_tokens: int = 0,
+        owned: range | None = None,
+    ) -> None:  # fmt: skip
         check_loaded(config.calibrations, model_config)
         super().__init__(config=model_config)
         if not self.layers:
@@ -154,10 +166,11 @@ class OffloadCache(DynamicCache):
             raise UnsupportedModelError(
                 f"no layer of this {model_config.model_type} model has KV that grows with the context"
             )
+        unbounded = keep_stage(self.layers, unbounded, owned, model_config.model_type)
         for place, i in enumerate(unbounded):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)
-        self.config, self.exact, self.stepping, self.rectifies = config, False, False, False
+        self.config, self.exact, self.stepping, self.rectifies, self.fixed = config, False, False, False, False
         self.policies = [policy.build() for policy in config.policy]
         self.anew, self.intake = Anew(self.policies), Intake(self.n_offloaded, self.freezing)
         if self.anew.is_wanted and self.n_offloaded < len(self.layers):
@@ -267,11 +280,10 @@ class OffloadCache(DynamicCache):
         if shape not in self._stores:
             capacity = -(-self._expected_tokens // geometry.page_size)
             opened = open_store(self.config, shape, capacity, keys.device, self._sealed.get(shape))
-            mirror = opened.mirror
             self._stores[shape] = self.wrap_store(opened.store)
             self.copied_read += opened.read
-            if mirror is not None:
-                self._mirrors[shape] = mirror
+            if opened.mirror is not None:
+                self._mirrors[shape] = opened.mirror
             self._staging[shape] = Staging(shape.slice_bytes, keys.device)
         store, staging = self._stores[shape], self._staging[shape]
         return build_layer(
@@ -318,9 +330,6 @@ class OffloadCache(DynamicCache):
             if not isinstance(mine, OffloadLayer) or len(ours) < len(theirs):
                 raise UsageError("a prefill with sliding-window or linear layers cannot be copied")
             mine.copy_prefill(ours)
-
-    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
-        raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")
 
     def close(self) -> None:
         """Give back memory, files and threads; a second call does nothing."""

@@ -3,13 +3,14 @@
 ``make_plan`` is arithmetic on its arguments; ``limits.find_limits`` asks the machine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
+from kvoffload.models.parallel import ALONE, Ranks
 from kvoffload.runtime.limits import Limits
 from kvoffload.units import format_size
 
@@ -54,6 +55,11 @@ class KVFootprint:
             windows=tuple(window for window in windows if window is not None),
         )
 
+    def of_rank(self, ranks: Ranks) -> "KVFootprint":
+        """What the rank with most layers keeps of it."""
+        n_layers = self.n_layers - (ranks.pp_size - 1) * (self.n_layers // ranks.pp_size)
+        return replace(self, n_layers=n_layers, n_kv_heads=self.n_kv_heads // ranks.tp_size)
+
     @property
     def token_bytes(self) -> int:
         """One token-equivalent: K and V of one token, layer and kv head."""
@@ -82,7 +88,8 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is needed where. ``device_is_host`` says that device memory is host memory (a CPU device)."""
+    """What is needed where. ``device_is_host`` says that device memory is host memory (a CPU device), ``replays_steps``
+    that decode steps will be replays of a captured graph, if those of the model can be."""
 
     context: int
     batch: int
@@ -92,6 +99,7 @@ class Plan:
     needs: tuple[Need, ...]
     limits: Limits
     device_is_host: bool
+    replays_steps: bool = False
 
     @property
     def kv_bytes(self) -> int:
@@ -146,6 +154,7 @@ class Plan:
             "token_equivalent_bytes": self.footprint.token_bytes,
             "kv_bytes": self.kv_bytes,
             "budget_tokens": self.budget_tokens,
+            "replays_steps": self.replays_steps,
             "needs": [{"what": n.what, "where": self._place(n.where), "bytes": n.n_bytes} for n in self.needs],
             "total_bytes": {where: self.total(where) for where in self._pools()},
             "free_bytes": {where: self.available(where) for where in self._pools()},
@@ -174,9 +183,11 @@ def make_plan(
     device: torch.device,
     limits: Limits,
     weight_bytes: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Plan:
-    """The plan for ``batch`` sequences of ``context`` tokens, new ones included."""
-    footprint = KVFootprint.of(model_config, dtype)
+    """The plan for ``batch`` sequences of ``context`` tokens, new ones included; of several ranks, one's part of it
+    beside those on the same host."""
+    footprint = KVFootprint.of(model_config, dtype).of_rank(ranks)
     n_heads = footprint.n_layers * footprint.n_kv_heads
     budget = config.effective_budget.tokens(context, token_bytes=footprint.token_bytes, n_heads_total=max(n_heads, 1))
     budget = min(budget, context)
@@ -187,12 +198,13 @@ def make_plan(
         budget_tokens=budget,
         footprint=footprint,
         needs=(
-            Need("weights", "device", weight_bytes),
+            Need("weights", "device", weight_bytes // ranks.count),
             *_device_needs(footprint, config, context, batch, budget),
             *_page_needs(footprint, config, context, batch),
         ),
-        limits=limits,
+        limits=limits.shared(ranks.on_host),
         device_is_host=device.type == "cpu",
+        replays_steps=device.type == "cuda" and config.replays_steps,
     )
 
 

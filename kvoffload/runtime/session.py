@@ -15,14 +15,17 @@ from kvoffload.errors import UsageError
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
+from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
+from kvoffload.models.step_graph import Replays
 from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
+from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
-from kvoffload.runtime.stats import Stats, collect
+from kvoffload.runtime.stats import Stats, collect, prefill_bytes
 from kvoffload.units import Budget
 
 
@@ -32,9 +35,11 @@ class Session:
     The last generated token is not in the KV yet; it goes in with whatever comes next.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: RuntimeConfig, *, expected_tokens: int = 0) -> None:
-        self.model, self._tokenizer, self.config = model, tokenizer, config
-        self.cache = OffloadCache(model.config, config, expected_tokens=expected_tokens)
+    def __init__(
+        self, model: Any, tokenizer: Any, config: RuntimeConfig, *, expected_tokens: int = 0, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self._tokenizer, self.config, self.ranks = model, tokenizer, config, ranks
+        self.cache = OffloadCache(model.config, config, expected_tokens=expected_tokens, owned=stage_layers(model))
         self.token_ids: list[int] = []
         self.saved_as: SavedAs | None = None
         self.autosave: Path | None = None
@@ -48,10 +53,11 @@ class Session:
         self._restored = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
-        self._started_s = 0.0
-        self._step_s = 0.0
+        self._started_s = self._step_s = 0.0
         self._n_steps = 0
-        self._interrupt = Interrupt()
+        self._interrupt = Interrupt(ranks.largest)
+        self.replays = Replays(model, config)
+        self._picked: Tensor | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
         return self
@@ -69,6 +75,7 @@ class Session:
         """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
         another process. Pages that were saved before are not written again. Raises UsageError when another process
         writes to it or has saved there since this session was read."""
+        refuse_files(self.ranks)
         self.saved_as = save_session(self, Path(path), pinned=pinned)
 
     def cancel(self) -> None:
@@ -125,14 +132,15 @@ class Session:
     def _prefill_rest(self) -> Iterator[Progress]:
         pending = self.pending
         done, total = 0, len(pending)
-        for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
+        size = self.config.prefill_chunk or chunk_tokens(self.model, self.ranks, saved=self.autosave is not None)
+        for chunk in torch.tensor(pending, device=self.model.device).tensor_split(-(-total // size)):
             self._interrupt.check()
             self._prefill_chunk(chunk, whole=len(chunk) == total)
             done += len(chunk)
             if done == total:
                 self._prepare()
                 self.unfinished = False
-            yield Progress(done, total, self._bytes_moved())
+            yield Progress(done, total, prefill_bytes(self.cache.offloaded))
             if self.autosave is not None and done < total:
                 self.save(self.autosave)
 
@@ -141,6 +149,11 @@ class Session:
         frozen = frozen_states(self.model, self.cache.freezing, self.cache.get_seq_length())
         with self.cache.prefilling(whole=whole), frozen:
             self._logits = self._forward(chunk[None])
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        self._computed += ids.shape[1]
+        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def _prepare(self) -> None:
@@ -153,8 +166,7 @@ class Session:
         self.cache.copy_prefill(source.cache)
         self.token_ids, self._logits = list(source.token_ids), source._logits
         self.prompt_tokens = source.prompt_tokens
-        for layer in self.cache.offloaded:
-            prepare(layer)
+        self._prepare()
 
     @property
     def pending(self) -> list[int]:
@@ -178,7 +190,7 @@ class Session:
 
     def set_budget(self, budget: str | int | Budget) -> None:
         """What steps may read from now on; raises UsageError for what is no budget."""
-        self.config = self.config.with_budget(budget)
+        self.config = with_rank_budget(self.config, budget, self.ranks)
         self.cache.set_budget(self.config.effective_budget)
 
     def crop(self, n_tokens: int) -> None:
@@ -243,7 +255,14 @@ class Session:
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
+            graph_steps=self.replays.n_replays,
         )
+
+    def all_stats(self) -> Stats:
+        """What moved so far on all ranks; all of them have to ask. The same as ``stats`` where there is one."""
+        weight = sum(layer.geometry.rows for layer in self.cache.offloaded)
+        told = self.ranks.all((self.stats(), weight))
+        return merge_stats([stats for stats, _ in told], [weight for _, weight in told])
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a session file keeps beside the cache: the logits after the newest token, if it was fed already, and
@@ -258,11 +277,8 @@ class Session:
     ) -> None:
         """Stand where a session file stands; the cache is filled already."""
         self.token_ids, self.sampling = token_ids, sampling
-        self.prompt_tokens, self.prompt_start, self.unfinished = (
-            saved.prompt_tokens,
-            saved.prompt_start,
-            saved.unfinished or self.unfinished,
-        )
+        self.prompt_tokens, self.prompt_start = saved.prompt_tokens, saved.prompt_start
+        self.unfinished = saved.unfinished or self.unfinished
         self.note_restored()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
@@ -280,20 +296,13 @@ class Session:
             return list(self._tokenizer(prompt).input_ids)
         return prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
 
-    def _n_chunks(self, n_tokens: int) -> int:
-        size = self.config.prefill_chunk or chunk_tokens(self.model, saved=self.autosave is not None)
-        return -(-n_tokens // size)
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        self._computed += ids.shape[1]
-        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1]  # type: ignore[no-any-return]
-
     def _next_token(self, sampler: Sampler) -> int:
         started = time.perf_counter()
         behind = len(self.token_ids) - self.cache.get_seq_length()
-        logits = self._catch_up()
-        token = int(sampler.pick(logits))
+        logits = self._catch_up(sampler)
+        picked = sampler.pick(logits) if self._picked is None else self._picked
+        token = self.ranks.first(int(picked))
+        self._picked = None
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -303,15 +312,19 @@ class Session:
         return token
 
     @torch.inference_mode()
-    def _catch_up(self) -> Tensor:
-        """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
+    def _catch_up(self, sampler: Sampler | None = None) -> Tensor:
+        """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all.
+        Where the last of these steps picks a token too, it is noted."""
         if self._fed_badly is not None:
             error, self._fed_badly = self._fed_badly, None
             self._recover(error)
-        for token in self.pending:
+        pending = self.pending
+        for token in pending:
             try:
                 self._computed += 1
-                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
+                if len(pending) > 1 or not self._replay(token, sampler):
+                    ids = torch.tensor([[token]], device=self.model.device)
+                    self._logits = feed(self.model, self.cache, ids)[:, -1]
             except IntegrityError as error:
                 self._recover(error)
                 break
@@ -328,7 +341,10 @@ class Session:
         self.finish_prefill()
         self._ttft_s = ttft_s
 
-    def _bytes_moved(self) -> int:
-        layers = self.cache.offloaded
-        moved = [x.fetch.prefill.total() for x in layers] + [x.meter.written for x in layers]
-        return sum(m.cpu + m.nvme for m in moved)
+    def _replay(self, token: int, sampler: Sampler | None) -> bool:
+        """Feed a token by a step of fixed shapes, which a graph replays, if that can be."""
+        if (stepped := self.replays.step(self.cache, token, sampler)) is None:
+            return False
+        self._logits = stepped.logits.clone()
+        self._picked = None if sampler is None else stepped.picked
+        return True
