@@ -1,5 +1,6 @@
 """Time and memory on one device: warm-up, medians, CUDA graphs where there is a GPU, and plain clocks elsewhere."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -87,11 +88,16 @@ class Clock:
             run()
         return graph.replay
 
-    def start_peak(self) -> None:
-        """Forget the peak so far, and memory that nobody uses."""
+    def give_back(self) -> None:
+        """Free what nobody refers to any more, so that whatever comes next finds the device as the first one did."""
+        gc.collect()
         if self.has_graphs:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
+
+    def start_peak(self) -> None:
+        """Forget the peak so far."""
+        if self.has_graphs:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int | None:

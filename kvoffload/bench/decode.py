@@ -1,6 +1,5 @@
 """Time of a decode step: ours and its peers, in turn, against the floor of the machine."""
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,14 +80,14 @@ class DecodeBench:
         """Relative errors of those that claim to be exact; raises GateError where one is not."""
         exact = [c for c in contenders if c.exact_steps and not c.lacks]
         errors = check(reference, exact, self._plan.gate_case, self._ids)
-        _give_back(self._clock)
+        self._clock.give_back()
         return errors
 
     def measure(self, contender: Contender) -> Measured:
         """Raises OutOfRoomError when not even one sequence fits (or not all of them, where the KV is offloaded)."""
         error = None
         for n_sequences in self._batches(contender):
-            _give_back(self._clock)
+            self._clock.give_back()
             try:
                 return self._measure(contender, n_sequences)
             except torch.OutOfMemoryError as caught:
@@ -119,8 +118,3 @@ class DecodeBench:
 
     def _go_on(self, run: Run) -> None:
         self._fed = run.step(self._fed).argmax(-1, keepdim=True)
-
-
-def _give_back(clock: Clock) -> None:
-    gc.collect()
-    clock.start_peak()
