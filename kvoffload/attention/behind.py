@@ -21,7 +21,7 @@ class Behind:
 
     def __init__(self) -> None:
         self._due: Callable[[], object] | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of models that lie on several devices, one each
 
     def follow(self, work: Callable[[], object], made: Sequence[Tensor]) -> None:
         """Run what is due; then ``work``, which reads the ``made`` tensors, is due behind all that was asked for."""
@@ -31,8 +31,8 @@ class Behind:
     def finish(self) -> None:
         """Run what is due; what is asked for on the compute stream from now on comes behind it."""
         self._run()
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def _run(self) -> None:
         due, self._due = self._due, None
@@ -40,8 +40,10 @@ class Behind:
             due()
 
     def _beside(self, work: Callable[[], object], made: Sequence[Tensor]) -> Callable[[], object]:
-        stream = self._stream = self._stream or torch.cuda.Stream(made[0].device, priority=-1)
-        ready = torch.cuda.current_stream(made[0].device).record_event()
+        device = made[0].device
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device, priority=-1)
+        stream, ready = self._streams[device], torch.cuda.current_stream(device).record_event()
         for tensor in made:
             tensor.record_stream(stream)
 
