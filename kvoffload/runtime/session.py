@@ -16,12 +16,13 @@ from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
+from kvoffload.models.step_graph import StepGraph, capture_of
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
-from kvoffload.runtime.stats import Stats, collect
+from kvoffload.runtime.stats import Stats, bytes_moved, collect
 from kvoffload.units import Budget
 
 
@@ -44,13 +45,16 @@ class Session:
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
         self.prompt_tokens = self._new_tokens = 0
-        self._restored = self._computed = 0
+        self.restored_tokens = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
         self._started_s = 0.0
         self._step_s = 0.0
         self._n_steps = 0
         self._interrupt = Interrupt()
+        self._capture = capture_of(model.device) if config.replays_steps else None
+        self._graph: StepGraph | None = None
+        self._picked: Tensor | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +135,7 @@ class Session:
             if done == total:
                 self._prepare()
                 self.unfinished = False
-            yield Progress(done, total, self._bytes_moved())
+            yield Progress(done, total, bytes_moved(self.cache.offloaded))
             if self.autosave is not None and done < total:
                 self.save(self.autosave)
 
@@ -238,10 +242,11 @@ class Session:
             tpot_ms=self._step_s / self._n_steps * 1000 if self._n_steps else None,
             bounded_bytes=self.cache.bounded_bytes,
             copied=(self.cache.copied_read, self.cache.copied_written),
-            restored_tokens=self._restored,
+            restored_tokens=self.restored_tokens,
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
+            graph_steps=0 if self._graph is None else self._graph.n_replays,
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -262,14 +267,10 @@ class Session:
             saved.prompt_start,
             saved.unfinished or self.unfinished,
         )
-        self.note_restored()
+        self.restored_tokens = self.cache.get_seq_length()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
-
-    def note_restored(self) -> None:
-        """What the cache holds now came from a session file."""
-        self._restored = self.cache.get_seq_length()
 
     def _rng(self) -> Tensor | None:
         return self._generator if self._sampler is None else self._sampler.state
@@ -291,8 +292,9 @@ class Session:
     def _next_token(self, sampler: Sampler) -> int:
         started = time.perf_counter()
         behind = len(self.token_ids) - self.cache.get_seq_length()
-        logits = self._catch_up()
-        token = int(sampler.pick(logits))
+        logits = self._catch_up(sampler)
+        token = int(sampler.pick(logits) if self._picked is None else self._picked)
+        self._picked = None
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -302,15 +304,19 @@ class Session:
         return token
 
     @torch.inference_mode()
-    def _catch_up(self) -> Tensor:
-        """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
+    def _catch_up(self, sampler: Sampler | None = None) -> Tensor:
+        """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all.
+        Where the last of these steps picks a token too, it is noted."""
         if self._fed_badly is not None:
             error, self._fed_badly = self._fed_badly, None
             self._recover(error)
-        for token in self.pending:
+        pending = self.pending
+        for token in pending:
             try:
                 self._computed += 1
-                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
+                if not self._replay(token, sampler, only=len(pending) == 1):
+                    ids = torch.tensor([[token]], device=self.model.device)
+                    self._logits = feed(self.model, self.cache, ids)[:, -1]
             except IntegrityError as error:
                 self._recover(error)
                 break
@@ -327,7 +333,15 @@ class Session:
         self.finish_prefill()
         self._ttft_s = ttft_s
 
-    def _bytes_moved(self) -> int:
-        layers = self.cache.offloaded
-        moved = [x.fetch.prefill.total() for x in layers] + [x.meter.written for x in layers]
-        return sum(m.cpu + m.nvme for m in moved)
+    def _replay(self, token: int, sampler: Sampler | None, *, only: bool) -> bool:
+        """Feed a token by a step of fixed shapes, which a graph replays, if it is the only one and that can be."""
+        if self._capture is None or not only or not StepGraph.possible(self.cache):
+            return False
+        if self._graph is None or self._graph.cache is not self.cache:
+            self._graph = StepGraph(self.model, self.cache, self._capture)
+        stepped = self._graph.step(token, self.cache.get_seq_length(), sampler)
+        if stepped is None:
+            return False
+        self._logits = stepped.logits.clone()
+        self._picked = None if sampler is None else stepped.picked
+        return True

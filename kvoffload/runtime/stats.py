@@ -14,7 +14,7 @@ from kvoffload.attention.layer import LayerCache
 class Stats:
     """Means over decode steps, layers and kv heads; shares are of the mean context length. ``disk_wait_ms`` is the part
     of a step that waited for files, all layers together; ``late_share`` of the slices asked for were not waited for.
-    None where no step was made."""
+    ``graph_steps`` of the steps were replays of a captured graph. None where no step was made."""
 
     prompt_tokens: int
     new_tokens: int
@@ -43,6 +43,7 @@ class Stats:
     max_dropped_mass: float | None = None
     dropped_mass: float | None = None
     dropped_mass_held: float | None = None
+    graph_steps: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +94,12 @@ class Audited:
         return Audited(float(masses.mean()), None if target is None else float((masses <= target).float().mean()))
 
 
+def bytes_moved(layers: Sequence[LayerCache]) -> int:
+    """What prefills read and everything that was written so far."""
+    moved = [layer.fetch.prefill.total() for layer in layers] + [layer.meter.written for layer in layers]
+    return sum(m.cpu + m.nvme for m in moved)
+
+
 def scored_share(layers: Sequence[LayerCache]) -> float | None:
     """Kv heads and steps that scored their pages, as a share of all; None before the first step with pages."""
     n_steps = sum(layer.meter.steps * layer.geometry.rows for layer in layers)
@@ -112,6 +119,7 @@ def collect(
     computed_tokens: int = 0,
     recomputed_pages: int = 0,
     max_dropped_mass: float | None = None,
+    graph_steps: int = 0,
 ) -> Stats:
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
     what was read and written between tiers for a session file."""
@@ -154,6 +162,7 @@ def collect(
         gate_abstain_share=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
         scored_share=scored_share(layers),
         max_dropped_mass=max_dropped_mass,
+        graph_steps=graph_steps,
         dropped_mass=audited.mean if audited else None,
         dropped_mass_held=audited.held if audited else None,
     )
