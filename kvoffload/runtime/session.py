@@ -12,6 +12,7 @@ from torch import Tensor
 from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
+from kvoffload.models.batch import Fed
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
@@ -54,7 +55,7 @@ class Session:
         self._interrupt = Interrupt()
         self._capture = capture_of(model.device) if config.replays_steps else None
         self._graph: StepGraph | None = None
-        self._picked: Tensor | None = None  # the token that the newest step picked
+        self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
         return self
@@ -164,13 +165,14 @@ class Session:
         """The tokens that are not in the KV yet: the newest generated one, or a prompt's rest."""
         return self.token_ids[self.cache.get_seq_length() :]
 
-    def take_fed(self, outcome: Tensor | BaseException, took_s: float) -> None:
-        """The one pending token was fed from outside in ``took_s``, with these logits [1, vocabulary] after it; what
-        went wrong is told, or mended, by this session's next step."""
+    def take_fed(self, outcome: Fed | BaseException, took_s: float) -> None:
+        """The one pending token was fed from outside in ``took_s``; what went wrong is told, or mended, by this
+        session's next step."""
         if isinstance(outcome, BaseException):
             self._fed_badly = outcome
         else:
-            self._logits = outcome
+            self._logits = outcome.logits
+            self._picked = outcome.picked if self._sampler is not None and self._sampler.greedy else None
         self._computed, self._n_steps, self._step_s = self._computed + 1, self._n_steps + 1, self._step_s + took_s
 
     def step(self, token: int) -> Tensor:
