@@ -1,7 +1,25 @@
-"""A tensor that grows along its second dimension, for digests and summaries that are kept per page."""
+"""A tensor that grows along its second dimension, for digests and summaries that are kept per page, and room in which
+it keeps shape and address."""
 
 import torch
 from torch import Tensor
+
+
+class Room:
+    """A fixed number of places for pages, so that what a step reads keeps its shapes and addresses while pages come.
+    ``beyond`` bool [n_pages] is true for places that have no page yet; who owns the room keeps it so."""
+
+    def __init__(self, n_pages: int, page_size: int, device: torch.device) -> None:
+        self.n_pages, self.n_tokens = n_pages, n_pages * page_size
+        self.beyond = torch.ones(n_pages, dtype=torch.bool, device=device)
+
+    def fill(self, n_used: int) -> None:
+        """The first ``n_used`` places have pages."""
+        self.beyond[:n_used].fill_(False)
+
+    def bound(self, scores: Tensor) -> Tensor:
+        """Scores [..., n_pages], -inf where no page is; in place."""
+        return scores.masked_fill_(self.beyond, -torch.inf)
 
 
 class Growing:
@@ -10,27 +28,27 @@ class Growing:
     def __init__(self) -> None:
         self._data: Tensor | None = None
         self._length = 0
+        self._held: int | None = None
 
     def __len__(self) -> int:
         return self._length
 
     @property
     def view(self) -> Tensor:
+        """What was appended; while held, with the zeros behind it."""
         assert self._data is not None, "nothing was appended yet"
-        return self._data[:, : self._length]
+        return self._data[:, : self._length if self._held is None else self._held]
 
     @property
     def used_bytes(self) -> int:
-        return 0 if self._data is None else self.view.numel() * self._data.itemsize
+        return 0 if self._data is None else self._data[:, 0].numel() * self._length * self._data.itemsize
 
     def append(self, rows: Tensor) -> None:
         """Add rows [rows, k, ...] at the end."""
         end = self._length + rows.shape[1]
         if self._data is None or end > self._data.shape[1]:
-            grown = rows.new_empty(rows.shape[0], max(end, 2 * self._length), *rows.shape[2:])
-            if self._data is not None:
-                grown[:, : self._length] = self.view
-            self._data = grown
+            self._replace(rows.new_empty(rows.shape[0], max(end, 2 * self._length), *rows.shape[2:]))
+        assert self._data is not None, "it was made just now"
         self._data[:, self._length : end] = rows
         self._length = end
 
@@ -38,13 +56,32 @@ class Growing:
         """Forget everything behind the first ``length`` entries."""
         self._length = min(length, self._length)
 
+    def hold(self, n: int | None) -> None:
+        """Make ``view`` ``n`` entries long, zeros behind those that were appended, and leave it where it is as long as
+        no more are; None ends that. Something must have been appended."""
+        self._held = n
+        if n is None:
+            return
+        assert self._data is not None, "nothing was appended yet"
+        if n > self._data.shape[1]:
+            self._replace(self._data.new_empty(self._data.shape[0], n, *self._data.shape[2:]))
+        self._data[:, self._length : n] = 0
+
+    def _replace(self, larger: Tensor) -> None:
+        if self._data is not None:
+            larger[:, : self._length] = self._data[:, : self._length]
+        self._data = larger
+
 
 def tensor_bytes(*tensors: Tensor) -> int:
     """Bytes that these tensors hold."""
     return sum(t.numel() * t.itemsize for t in tensors)
 
 
-def page_mask(page_ids: Tensor, row_ids: Tensor, rows: int, n_pages: int) -> Tensor:
-    """bool [rows, P], true at the given (row, page) pairs."""
-    mask = torch.zeros(rows * n_pages, dtype=torch.bool, device=page_ids.device)
-    return mask.index_fill_(0, row_ids * n_pages + page_ids, True).view(rows, n_pages)
+def page_mask(page_ids: Tensor, row_ids: Tensor, rows: int, n_pages: int, wanted: Tensor | None = None) -> Tensor:
+    """bool [rows, P], true at the given (row, page) pairs, or at those of them that are ``wanted`` (bool [F])."""
+    mask = torch.zeros(rows * n_pages + 1, dtype=torch.bool, device=page_ids.device)
+    places = row_ids * n_pages + page_ids
+    if wanted is not None:
+        places = torch.where(wanted, places, rows * n_pages)
+    return mask.index_fill_(0, places, True)[:-1].view(rows, n_pages)

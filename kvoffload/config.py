@@ -165,6 +165,7 @@ class RuntimeConfig(BaseModel):
     pp_size: int = Field(default=1, ge=1)
     self_test: bool = True
     strict_context: bool = False
+    cuda_graph: Literal["auto", "off"] = "auto"
 
     @model_validator(mode="after")
     def _check_together(self) -> "RuntimeConfig":
@@ -233,6 +234,15 @@ class RuntimeConfig(BaseModel):
             return self.model_copy(update={"budget": Budget.parse(budget)})
         except ValueError as error:
             raise UsageError(f"budget: {error}") from None
+
+    @property
+    def replays_steps(self) -> bool:
+        """Whether decode steps are replays of a captured graph, on devices that have such graphs and for models whose
+        steps can be captured."""
+        waits = self.policy or self.gate or self.audit is not None or self.max_dropped_mass is not None
+        fixed = self.selector.holds and all(completion.holds for completion in self.completion)
+        on_device = self.offload != "nvme" and self.index == "device"
+        return self.cuda_graph == "auto" and fixed and on_device and not waits
 
     @property
     def effective_budget(self) -> Budget:

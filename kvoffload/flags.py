@@ -120,6 +120,11 @@ Fetch = Annotated[
     flag("--fetch", help="wait for late pages, or deadline: leave them to the completion.", default="wait"),
 ]
 FetchMs = Annotated[float | None, flag("--fetch-ms", help="How long deadline waits, in each layer.", default="1")]
+CudaGraph = Annotated[
+    str | None,
+    flag("--cuda-graph", help="Replay decode steps as one CUDA graph: auto, where that can be, or off.",
+         default="auto"),
+]  # fmt: skip
 Verify = Annotated[
     bool | None,
     flag("--verify/--no-verify", help="Compare every slice read from files with its checksum.", default="off"),

@@ -1,13 +1,14 @@
 """The values that cross module borders: partial attentions, sealed pages, selections and fetched slices."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
 
 import torch
 from kvoffload_kernels.dense_attention.reference import weigh
-from kvoffload_kernels.merge.reference import merge as merge_partials
+from kvoffload_kernels.dispatch import merge_parts
 from torch import Tensor
+
+from kvoffload.buffers import page_mask
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Partial:
 
 def merge(partials: Sequence[Partial]) -> Partial:
     """One partial over the union of disjoint key sets; empty ones change nothing, to the bit."""
-    return reduce(lambda a, b: Partial(*merge_partials(a.output, a.lse, b.output, b.lse)), partials)
+    return Partial(*merge_parts([p.output for p in partials], [p.lse for p in partials]))
 
 
 def query_rows(heads: Tensor) -> Tensor:
@@ -118,11 +119,13 @@ class KeySample:
 @dataclass(frozen=True)
 class Selection:
     """Slices to read in one layer and forward: int64 [F] each, distinct pairs, in no particular order. ``row_ids``
-    count query rows: the ``n_queries`` queries of row g are g * n_queries and those after it."""
+    count query rows: the ``n_queries`` queries of row g are g * n_queries and those after it. Where ``wanted`` bool [F]
+    is given, the others are no slices: they fill the lists of a step of fixed shapes."""
 
     row_ids: Tensor
     page_ids: Tensor
     n_queries: int = 1
+    wanted: Tensor | None = None
 
     def __len__(self) -> int:
         return self.row_ids.shape[0]
@@ -133,7 +136,8 @@ class Selection:
         return self.row_ids if self.n_queries == 1 else self.row_ids // self.n_queries
 
     def to(self, device: torch.device) -> "Selection":
-        return Selection(self.row_ids.to(device), self.page_ids.to(device), self.n_queries)
+        wanted = None if self.wanted is None else self.wanted.to(device)
+        return Selection(self.row_ids.to(device), self.page_ids.to(device), self.n_queries, wanted)
 
     def by_query(self) -> "list[Selection]":
         """One selection for each of a row's queries, as single steps would ask; waits for the device."""
@@ -146,22 +150,28 @@ class Selection:
 @dataclass(frozen=True)
 class Fetched:
     """Selected slices on the device: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, ids int64 [F];
-    ``row_ids`` count query rows."""
+    ``row_ids`` count query rows. Where ``wanted`` bool [F] is given, the others are no slices, and nothing in them is
+    valid."""
 
     keys: Tensor
     values: Tensor
     valid: Tensor | None
     row_ids: Tensor
     page_ids: Tensor
+    wanted: Tensor | None = None
 
     def log_valid(self) -> Tensor:
         """0 where a token counts and -inf elsewhere, fp32 [F, S]."""
         zeros = torch.zeros(self.keys.shape[:2], device=self.keys.device)
         return zeros if self.valid is None else zeros.masked_fill(~self.valid, -torch.inf)
 
+    def mask(self, rows: int, n_pages: int) -> Tensor:
+        """Which pages of each query row these are, bool [rows * Q, P]."""
+        return page_mask(self.page_ids, self.row_ids, rows, n_pages, self.wanted)
+
     def clone(self) -> "Fetched":
         """With slices of its own."""
-        return Fetched(self.keys.clone(), self.values.clone(), self.valid, self.row_ids, self.page_ids)
+        return replace(self, keys=self.keys.clone(), values=self.values.clone())
 
     @staticmethod
     def join(parts: Sequence["Fetched"]) -> "Fetched":
@@ -169,7 +179,8 @@ class Fetched:
         if len(parts) == 1:
             return parts[0]
         valid = None if parts[0].valid is None else torch.cat([p.valid for p in parts if p.valid is not None])
+        wanted = None if parts[0].wanted is None else torch.cat([p.wanted for p in parts if p.wanted is not None])
         keys, values, rows, pages = (
             torch.cat(t) for t in zip(*[(p.keys, p.values, p.row_ids, p.page_ids) for p in parts], strict=True)
         )
-        return Fetched(keys, values, valid, rows, pages)
+        return Fetched(keys, values, valid, rows, pages, wanted)

@@ -67,6 +67,15 @@ def attend_slices(
     return sparse_decode.attend_slices(query, keys, values, row_ids, valid, softcap)
 
 
+def fuses_quantized(query: Tensor, codes: Tensor, page_size: int) -> bool:
+    """Whether the two functions below make no token's logit."""
+    if not _verified("page_scores", query):
+        return False
+    from kvoffload_kernels.page_scores import kernel
+
+    return kernel.supported(query, codes, page_size)
+
+
 def score_quantized_pages(
     query: Tensor,
     codes: Tensor,
@@ -80,11 +89,10 @@ def score_quantized_pages(
 ) -> Tensor:
     """``page_scores.reference.score_pages``."""
     options = {"n_tokens": n_tokens, "page_size": page_size}
-    if _verified("page_scores", query):
+    if fuses_quantized(query, codes, page_size):
         from kvoffload_kernels.page_scores import kernel
 
-        if kernel.supported(query, codes, page_size):
-            return kernel.score_pages(query, codes, zero, step, bits, missing=missing, **options)
+        return kernel.score_pages(query, codes, zero, step, bits, missing=missing, **options)
     return page_scores.score_pages(query, codes, zero, step, bits, missing=missing, **options)
 
 
@@ -102,12 +110,20 @@ def attend_quantized_index(
 ) -> tuple[Tensor, Tensor]:
     """``page_scores.reference.attend_index``."""
     index = (query, codes, zero, step, bits)
-    if _verified("page_scores", query):
+    if fuses_quantized(query, codes, page_size):
         from kvoffload_kernels.page_scores import kernel
 
-        if kernel.supported(query, codes, page_size):
-            return kernel.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
+        return kernel.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
     return page_scores.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
+
+
+def fuses_transform(query: Tensor, page_size: int) -> bool:
+    """Whether the two functions below make no token's logit."""
+    if not _verified("transform_code", query):
+        return False
+    from kvoffload_kernels.transform_code import kernel
+
+    return kernel.supported(query, page_size)
 
 
 def score_transform_pages(
@@ -122,11 +138,10 @@ def score_transform_pages(
 ) -> Tensor:
     """``transform_code.reference.score_pages``."""
     index = (query, codes, mean, synthesis, levels)
-    if _verified("transform_code", query):
+    if fuses_transform(query, page_size):
         from kvoffload_kernels.transform_code import kernel
 
-        if kernel.supported(query, page_size):
-            return kernel.score_pages(*index, page_size=page_size, missing=missing)
+        return kernel.score_pages(*index, page_size=page_size, missing=missing)
     return transform_code.score_pages(*index, page_size=page_size, missing=missing)
 
 
@@ -144,11 +159,10 @@ def attend_transform_index(
 ) -> tuple[Tensor, Tensor]:
     """``transform_code.reference.attend_index``."""
     index = (query, codes, mean, synthesis, levels)
-    if _verified("transform_code", query):
+    if fuses_transform(query, page_size):
         from kvoffload_kernels.transform_code import kernel
 
-        if kernel.supported(query, page_size):
-            return kernel.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
+        return kernel.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
     return transform_code.attend_index(*index, excluded=excluded, page_size=page_size, missing=missing, softcap=softcap)
 
 
@@ -166,7 +180,7 @@ def merge_parts(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
     if _verified("merge", outputs[0]):
         from kvoffload_kernels.merge import kernel
 
-        if kernel.supported(outputs):
+        if kernel.supported(outputs, lses):
             return kernel.merge_parts(outputs, lses)
     return merge.merge_parts(outputs, lses)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kvoffload.selection.topk import page_shares, select_top
+from kvoffload.selection.topk import page_shares
 from kvoffload.values import Selection
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ class Chooser(ABC):
 
     single_steps: bool = False
     """Whether a step depends on the one before it, so that a forward can decode one token only."""
+
+    can_hold: bool = False
+    """Whether it works in steps of fixed shapes: it keeps nothing and takes what ``layer.select_top`` gives."""
 
     resident_bytes: int = 0
     """Device bytes held between steps."""
@@ -46,18 +49,11 @@ class Chooser(ABC):
 class TopK(Chooser):
     """The largest shares of the total mass, anew in every step."""
 
+    can_hold = True
+
     def choose(self, layer: "LayerCache", query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
         scores = layer.score(query)
-        ranked = layer.filtered(scores)
-        selection = select_top(
-            ranked,
-            anchor_lse.to(scores.device),
-            n_sequences=layer.geometry.n_sequences,
-            n_slices=layer.budget(layer.n_tokens),
-            pool=layer.pool,
-            n_queries=query.shape[0] // layer.geometry.rows,
-        )
-        return selection, scores
+        return layer.select_top(layer.filtered(scores), anchor_lse), scores
 
     def rank(self, layer: "LayerCache", scores: Tensor, anchor_lse: Tensor) -> Tensor:
         return page_shares(layer.filtered(scores), anchor_lse.to(scores.device))

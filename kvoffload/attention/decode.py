@@ -2,7 +2,7 @@
 
 import torch
 from kvoffload_kernels.dense_attention.reference import soft_cap
-from kvoffload_kernels.sparse_decode.reference import attend_slices
+from kvoffload_kernels.dispatch import attend_slices
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
@@ -29,7 +29,7 @@ def attend_selected(layer: LayerCache, query: Tensor, logits: Tensor) -> tuple[P
     """The exact part for scaled queries fp32 [rows * Q, R, D] with their anchor logits: anchors and the selected pages;
     with it those pages and the selector's scores."""
     selection, scores = layer.select(query, logits.logsumexp(-1))
-    arrivals = layer.fetch.start(selection)  # asynchronous: bytes move from here on
+    arrivals = layer.ask(selection)  # asynchronous: bytes move from here on
     anchors = Partial.weigh(logits, layer.anchors.values)
     partials, fetched = attend_arrivals(layer, query, arrivals)
     return merge([anchors, *partials]), fetched, scores
@@ -41,9 +41,9 @@ def attend_arrivals(layer: LayerCache, query: Tensor, arrivals: list[Arrival]) -
     for arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
         part, data = arrive()
         keys, values = unpack_slices(data, layer.geometry)
-        valid = layer.anchors.page_valid(part.page_ids, part.store_rows)
+        valid = layer.slices_valid(part)
         partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
-        fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids))
+        fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids, part.wanted))
     return partials, Fetched.join(fetched)
 
 

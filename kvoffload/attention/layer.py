@@ -11,8 +11,9 @@ from torch import Tensor
 from kvoffload.attention.choosing import Chooser, PageFilter, TopK
 from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.upkeep import Upkeep
+from kvoffload.buffers import Room
 from kvoffload.cache.anchors import Anchors
-from kvoffload.cache.fetch import Fetch, pack_pages
+from kvoffload.cache.fetch import Arrival, Fetch, pack_pages
 from kvoffload.completion.base import Completion
 from kvoffload.completion.gated import GatedCompletion
 from kvoffload.geometry import Geometry
@@ -55,15 +56,19 @@ class Meter:
     """The mass that was not read in the steps that were audited, fp32 [rows, R] each, in host memory."""
     written: Moved = field(default_factory=Moved)
 
-    def count_steps(self, n_steps: int, n_tokens: int, index_read: int, state_bytes: int, mass: Tensor) -> None:
+    def add_mass(self, mass: Tensor, n_steps: int) -> None:
+        """The remainder's share of the mass in ``n_steps`` steps, [rows * n_steps, R]; it stays on the device."""
+        if self.completion_mass is None:
+            self.completion_mass = torch.zeros((), device=mass.device)
+        self.completion_mass.add_(mass.mean(), alpha=n_steps)
+
+    def count_steps(self, n_steps: int, n_tokens: int, index_read: int, state_bytes: int) -> None:
         """Steps at a context of up to ``n_tokens``, each with one token more than the one before it, which read
         ``index_read`` bytes of a slow index together and touched ``state_bytes`` each."""
         self.steps += n_steps
         self.context_tokens += n_steps * n_tokens - n_steps * (n_steps - 1) // 2
         self.index_bytes_read += index_read
         self.state_bytes_touched += n_steps * state_bytes
-        mean = mass.mean() * n_steps
-        self.completion_mass = mean if self.completion_mass is None else self.completion_mass + mean
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,21 @@ class Anchored:
 
     query: Tensor
     n_pages: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """What steps of fixed shapes (attention/fixed.py) find in the same place every time: the room for pages, where in
+    the anchors the new token goes (int64 [1]), which places are seen then (bool [rows or 1, 1, A]), the length of a
+    selection, how much of each list is wanted (int64 []; None: all), and the step's scaled queries for upkeep, if there
+    is any (fp32 [rows, R, D])."""
+
+    room: Room
+    place: Tensor
+    seen: Tensor
+    n_slices: int
+    n_wanted: Tensor | None
+    query: Tensor
 
 
 class LayerCache:
@@ -117,6 +137,7 @@ class LayerCache:
         self.chooser: Chooser = TopK()
         self.page_filter: PageFilter | None = None
         self.n_revised = 0
+        self.fixed: Fixed | None = None
         self._n_scored_before = 0
         self._scored: tuple[Tensor, Tensor] | None = None  # the step's queries and scores, until it is over
 
@@ -130,16 +151,32 @@ class LayerCache:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store."""
-        sealed = self.anchors.append(keys, values)
-        if sealed is not None:
-            self.meter.written += self.store.append(self.layer, pack_pages(sealed))
+        self.seal(self.anchors.append(keys, values))
+
+    def seal(self, pages: Pages | None) -> None:
+        """Take in pages that have left the window, if any have."""
+        if pages is not None:
+            self.meter.written += self.store.append(self.layer, pack_pages(pages))
             if self.ready:
-                self.absorb(sealed)
+                self.absorb(pages)
 
     def absorb(self, pages: Pages) -> None:
         self.selector.absorb(pages)
         self.completion.absorb(pages)
         self.reading.sealed(pages)
+
+    @property
+    def can_fix(self) -> bool:
+        """Whether steps can have fixed shapes as this layer is now; it has pages then."""
+        parts = (self.reading, self.chooser, self.fetch, self.selector, self.completion)
+        plain = self.page_filter is None and self.gate is None and not self.index_on_host
+        return self.ready and plain and self.n_pages > 0 and all(part.can_hold for part in parts)
+
+    def fix(self, fixed: Fixed | None) -> None:
+        """Give steps fixed shapes, or (None) end that."""
+        if fixed is not None or self.fixed is not None:
+            self.selector.hold(None if fixed is None else fixed.room)
+        self.fixed = fixed
 
     def remember_queries(self, query: Tensor) -> None:
         """Keep the newest prefill queries [rows, R, Q, D] for the anchor and the gate; what was summarised is stale
@@ -182,28 +219,44 @@ class LayerCache:
         R], with the scores of all pages fp32 [rows * Q, R, P]; ids are on the selector's device, and so are the scores
         unless the completion uses them."""
         selection, scores = self.chooser.choose(self, query, anchor_lse)
-        self.prefetch.expect(self.fetch, lambda: self._likely(query, anchor_lse, scores))
+        self.prefetch.expect(self.fetch, lambda: self.select_top(scores, anchor_lse, more=self.prefetch.share))
         return selection, scores.to(query.device) if self.completion.uses_scores else scores
 
-    def _likely(self, query: Tensor, anchor_lse: Tensor, scores: Tensor) -> Selection:
-        """The pages with the largest shares of this step, more of them than it may read."""
+    def select_top(self, scores: Tensor, anchor_lse: Tensor, *, more: float = 0.0) -> Selection:
+        """The best slices by scores fp32 [rows * Q, R, P], as many as the budget buys and a share of it ``more``."""
+        fixed = self.fixed
         return select_top(
             scores,
             anchor_lse.to(scores.device),
             n_sequences=self.geometry.n_sequences,
-            n_slices=int(self.budget(self.n_tokens) * (1 + self.prefetch.share)),
+            n_slices=int(self.budget(self.n_tokens) * (1 + more)) if fixed is None else fixed.n_slices,
             pool=self.pool,
-            n_queries=query.shape[0] // self.geometry.rows,
+            n_queries=scores.shape[0] // self.geometry.rows,
+            n_wanted=None if fixed is None else fixed.n_wanted,
         )
+
+    def ask(self, selection: Selection) -> list[Arrival]:
+        """Ask for the slices of a selection; steps of fixed shapes count them elsewhere."""
+        return self.fetch.start(selection) if self.fixed is None else self.fetch.move(selection)
+
+    def slices_valid(self, part: Selection) -> Tensor | None:
+        """Which tokens of slices count, bool [F, S]; None when all do."""
+        valid = self.anchors.page_valid(part.page_ids, part.store_rows)
+        if part.wanted is None:
+            return valid
+        wanted = part.wanted[:, None]
+        return wanted.expand(-1, self.geometry.page_size) if valid is None else valid & wanted
 
     def score(self, query: Tensor, n_rows: int | None = None) -> Tensor:
         """Log masses of all pages for scaled queries [rows * Q, R, D], fp32 [rows * Q, R, P] on the selector's device;
         counted for the ``n_rows`` rows that need them, all where it is None; those of one step are made once."""
         if self._scored is not None and self._scored[0] is query:
             return self._scored[1]
-        self.meter.scored_rows += query.shape[0] if n_rows is None else n_rows
         rows = by_row(query, self.geometry.rows).to(self.selector.device)
         scores = self.selector.score(rows).reshape(*query.shape[:2], -1)
+        if self.fixed is not None:
+            return scores
+        self.meter.scored_rows += query.shape[0] if n_rows is None else n_rows
         self._scored = (query, scores) if n_rows is None else None
         return scores
 
@@ -219,18 +272,23 @@ class LayerCache:
     def count_steps(self, query: Tensor, mass: Tensor) -> None:
         """Account for decode steps of scaled queries [rows * Q, R, D] in which the remainder had this share of the
         total mass, [rows * Q, R]; then comes the upkeep that is due."""
-        self.n_estimated = self.n_pages if self.n_estimated is None else self.n_estimated
-        index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes
-        if self.completion.uses_scores and not self._index_is_read:
-            state_bytes += index_bytes
         if self.n_revised:
             query, mass = (
                 t.unflatten(0, (self.geometry.rows, -1))[:, self.n_revised :].flatten(0, 1) for t in (query, mass)
             )
         n_steps = mass.shape[0] // self.geometry.rows
+        self.meter.add_mass(mass, n_steps)
+        self.end_steps(query, n_steps)
+
+    def end_steps(self, query: Tensor, n_steps: int) -> None:
+        """The host's part of ``count_steps``, and the upkeep."""
+        self.n_estimated = self.n_pages if self.n_estimated is None else self.n_estimated
+        index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes
+        if self.completion.uses_scores and not self._index_is_read:
+            state_bytes += index_bytes
         n_scored, self._n_scored_before = self.meter.scored_rows - self._n_scored_before, self.meter.scored_rows
         index_read = index_bytes * n_scored // self.geometry.rows if self._index_is_read else 0
-        self.meter.count_steps(n_steps, self.n_tokens, index_read, state_bytes, mass)
+        self.meter.count_steps(n_steps, self.n_tokens, index_read, state_bytes)
         self._scored = None
         for upkeep in self.upkeep:
             upkeep.after_steps(self, query.unflatten(0, (self.geometry.rows, n_steps)))

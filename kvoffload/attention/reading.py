@@ -27,6 +27,9 @@ class Reading(ABC):
     single_steps: bool = False
     """Whether a step depends on the one before it, so that a forward can decode one token only."""
 
+    can_hold: bool = False
+    """Whether it works in steps of fixed shapes: nothing in it changes from step to step but what tensors hold."""
+
     resident_bytes: int = 0
     """Device bytes held between steps."""
 
@@ -44,6 +47,8 @@ class Reading(ABC):
 
 class SelectedPages(Reading):
     """The chooser's pages exactly, the completion for the rest."""
+
+    can_hold = True
 
     def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
         exact, fetched, scores = attend_selected(layer, query, logits)

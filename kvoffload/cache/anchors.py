@@ -63,8 +63,40 @@ class Anchors:
         if skip >= keys.shape[1]:
             return None
         if keys.shape[1] == 1:
-            return self._append_one(keys, values)
+            place = self.newest_place
+            self.keys[:, place : place + 1], self.values[:, place : place + 1] = keys, values
+            self.n_tokens = first
+            return self.advance()
         return self._append_many(keys[:, skip:], values[:, skip:])
+
+    def advance(self) -> Pages | None:
+        """Count a token that ``put`` will write, the sinks being full; the page that seals, if one does, a view that is
+        valid until the next append."""
+        self.n_tokens += 1
+        self.n_window += 1
+        if self.n_window < self._capacity:
+            return None
+        start = self.n_sinks + self._ring(self._window_start)
+        page = slice(start, start + self.page_size)  # the ring is whole pages, so a page never wraps
+        valid = self.run_valid(self.n_sealed, 1)
+        self.n_window -= self.page_size
+        return Pages(self.keys[:, None, page], self.values[:, None, page], valid)
+
+    def put(self, keys: Tensor, values: Tensor, place: Tensor) -> None:
+        """Write tokens [rows, 1, D], [rows, 1, Dv] to the place int64 [1] of the newest one."""
+        self.keys.index_copy_(1, place, keys)
+        self.values.index_copy_(1, place, values)
+
+    @property
+    def newest_place(self) -> int:
+        """Where the newest token lies that is no sink."""
+        return self.n_sinks + self._ring(self.n_tokens - 1)
+
+    @property
+    def sinks_are_full(self) -> bool:
+        """Whether every row has all of its sinks; waits for the device where rows are padded."""
+        longest = 0 if self.padding is None else int(self.padding.max())
+        return self.n_tokens >= self.n_sinks + longest
 
     def in_order(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of one of the ``buffers`` as they came, without padding: those of the sinks, then those of the
@@ -147,19 +179,6 @@ class Anchors:
         for buffer, new in ((self.keys, keys), (self.values, values)):
             taken = new.gather(1, index.expand(-1, -1, new.shape[-1]))
             buffer[:, : self.n_sinks] = torch.where(inside, taken, buffer[:, : self.n_sinks])
-
-    def _append_one(self, keys: Tensor, values: Tensor) -> Pages | None:
-        place = self.n_sinks + self._ring(self.n_tokens - 1)
-        self.keys[:, place : place + 1] = keys
-        self.values[:, place : place + 1] = values
-        self.n_window += 1
-        if self.n_window < self._capacity:
-            return None
-        start = self.n_sinks + self._ring(self._window_start)
-        page = slice(start, start + self.page_size)  # the ring is whole pages, so a page never wraps
-        valid = self.run_valid(self.n_sealed, 1)
-        self.n_window -= self.page_size
-        return Pages(self.keys[:, None, page], self.values[:, None, page], valid)
 
     def _append_many(self, keys: Tensor, values: Tensor) -> Pages | None:
         places = [self.n_sinks + self._ring(self._window_start_before(keys) + i) for i in range(self.n_window)]

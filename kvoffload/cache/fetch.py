@@ -33,19 +33,15 @@ def unpack_slices(data: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Traffic:
-    """Bytes that crossed from a slow tier to the compute device in one phase; ``mapped`` is counted on the device
-    itself."""
+    """Bytes that crossed from a slow tier to the compute device in one phase: ``moved`` as the host knows it, less what
+    the device finds not to move (``spared``: hits of its page cache)."""
 
     moved: Moved = field(default_factory=Moved)
-    mapped: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-
-    def add_mapped(self, n_bytes: Tensor | int) -> None:
-        device = n_bytes.device if isinstance(n_bytes, Tensor) else self.mapped.device
-        self.mapped = self.mapped.to(device) + n_bytes
+    spared: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     def total(self) -> Moved:
         """Both counts together; waits for the device."""
-        return self.moved + Moved(cpu=int(self.mapped))
+        return self.moved + Moved(cpu=-int(self.spared))
 
 
 Arrival = Callable[[], tuple[Selection, Tensor]]
@@ -58,12 +54,23 @@ class Fetch(ABC):
     def __init__(self, store: Store, layer: int, slots: Slots, geometry: Geometry) -> None:
         self.store, self.layer, self.slots, self.geometry = store, layer, slots, geometry
         self.device = slots.data.device
-        self.decode, self.prefill, self.refresh = Traffic(), Traffic(), Traffic()
-        self.n_asked, self.n_hits = 0, torch.zeros((), dtype=torch.int64)
+        self.decode, self.prefill, self.refresh = (Traffic(spared=self._count()) for _ in range(3))
+        self.n_asked, self.n_hits = 0, self._count()
         self.wait_s = 0.0  # that decode steps were blocked by reads
         self.n_late = 0  # slices of decode steps that were not waited for
         self.patience_s: float | None = None  # how long a step waits for its slices; None: until they are there
         self.step_bytes = 0  # device bytes of the largest step so far that no cache keeps; layers share them
+
+    can_hold: bool = False
+    """Whether ``note`` and ``move`` are there, which make a ``start`` together."""
+
+    def note(self, n_slices: int) -> None:
+        """The host's part: count slices that ``move`` is asked for, which takes off itself what need not move."""
+        raise NotImplementedError
+
+    def move(self, selection: Selection) -> list[Arrival]:
+        """The device's part: the same work for every selection of its length."""
+        raise NotImplementedError
 
     @abstractmethod
     def start(self, selection: Selection) -> list[Arrival]:
@@ -72,6 +79,10 @@ class Fetch(ABC):
 
         The tensors are valid until the next request.
         """
+
+    def _count(self) -> Tensor:
+        """A count where selections are looked up."""
+        return torch.zeros((), dtype=torch.int64)
 
     @abstractmethod
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
@@ -102,24 +113,22 @@ class Fetch(ABC):
     @contextmanager
     def counted_as_prefill(self) -> Iterator[None]:
         """Requests inside this block are part of the prefill: their bytes and hits leave the decode's counts alone."""
-        decode, asked, hits = self.decode, self.n_asked, self.n_hits
+        decode, asked, hits = self.decode, self.n_asked, self.n_hits.clone()
         wait_s, late, patience_s = self.wait_s, self.n_late, self.patience_s
         self.decode, self.patience_s = self.prefill, None
         try:
             yield
         finally:
-            self.decode, self.n_asked, self.n_hits = decode, asked, hits
+            self.decode, self.n_asked = decode, asked
+            self.n_hits.copy_(hits)
             self.wait_s, self.n_late, self.patience_s = wait_s, late, patience_s
 
     def _admit(self, selection: Selection) -> tuple[Tensor, Tensor] | None:
         """Places in the page cache; several queries of a row, which may want the same pages, pass it by."""
-        self.n_asked += len(selection)
         if selection.n_queries > 1:
             return None
-        admitted = self.slots.admit(selection.page_ids * self.geometry.rows + selection.row_ids)
-        if admitted is not None:
-            self.n_hits = self.n_hits.to(admitted[1].device) + admitted[1].sum()
-        return admitted
+        keys = selection.page_ids * self.geometry.rows + selection.row_ids
+        return self.slots.admit(keys if selection.wanted is None else torch.where(selection.wanted, keys, -1))
 
     def _pages(self, data: Tensor) -> Pages:
         keys, values = unpack_slices(data, self.geometry)
@@ -129,19 +138,33 @@ class Fetch(ABC):
 class MappedFetch(Fetch):
     """For tiers that the device can address: a gather by device-side ids; nothing in a step waits for the host."""
 
+    can_hold = True
+
     def start(self, selection: Selection) -> list[Arrival]:
+        self.note(len(selection))
+        return self.move(selection)
+
+    def note(self, n_slices: int) -> None:
+        self.n_asked += n_slices
+        if self.store.tier != "gpu":
+            self.decode.moved += Moved(cpu=n_slices * self.geometry.slice_bytes)
+
+    def move(self, selection: Selection) -> list[Arrival]:
         selection = selection.to(self.device)
         ids = selection.page_ids * self.geometry.rows + selection.store_rows
         admitted, source = self._admit(selection), self._memory().flatten(0, 1)
         if admitted is None:
             places = self.slots.reserve(len(selection))
             self.step_bytes = max(self.step_bytes, places.numel())
-            gather_slices(source, ids, places)
-            self._count(len(selection))
+            gather_slices(source, ids, places, None, selection.wanted)
             return [lambda: (selection, places)]
         slot_ids, hit = admitted
-        gather_slices(source, ids, self.slots.data, slot_ids, ~hit)
-        self._count((~hit).sum())
+        missed = ~hit if selection.wanted is None else selection.wanted & ~hit
+        gather_slices(source, ids, self.slots.data, slot_ids, missed)
+        n_hits = hit.sum()
+        self.n_hits.add_(n_hits)
+        if self.store.tier != "gpu":
+            self.decode.spared.add_(n_hits, alpha=self.geometry.slice_bytes)
         return [lambda: (selection, self.slots.data.index_select(0, slot_ids))]
 
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
@@ -153,14 +176,13 @@ class MappedFetch(Fetch):
         def arrive() -> Pages:
             data = self._memory()[first : first + n_pages]  # not before: an append may move the memory
             if self.store.tier != "gpu":
-                traffic.add_mapped(data.numel())
+                traffic.moved += Moved(cpu=data.numel())
             return self._pages(data.to(self.device, non_blocking=True))
 
         return arrive
 
-    def _count(self, n_slices: Tensor | int) -> None:
-        if self.store.tier != "gpu":
-            self.decode.add_mapped(n_slices * self.geometry.slice_bytes)
+    def _count(self) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=self.device)
 
     def _memory(self) -> Tensor:
         memory = self.store.mapped(self.layer)
@@ -183,10 +205,12 @@ class SubmittedFetch(Fetch):
 
     def start(self, selection: Selection) -> list[Arrival]:
         selection = selection.to(torch.device("cpu"))
+        self.n_asked += len(selection)
         admitted = self._admit(selection)
         if admitted is None:
             return self._submit(selection.by_query())
         places, hit = admitted
+        self.n_hits.add_(hit.sum())
         have = Selection(selection.row_ids[hit], selection.page_ids[hit])
         want = Selection(selection.row_ids[~hit], selection.page_ids[~hit])
         resident = self.slots.data.index_select(0, places[hit].to(self.device))

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
-from kvoffload_kernels.cache_slots.reference import assign_slots
+from kvoffload_kernels.dispatch import assign_slots
 from torch import Tensor
 
 from kvoffload.buffers import tensor_bytes
@@ -19,7 +19,8 @@ class Slots(ABC):
     @abstractmethod
     def admit(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
         """Places for distinct slices, named by int64 keys [F]: (places [F], hit bool [F]); None when nothing is kept
-        and all of them go to ``reserve``. What missed must be written to its place before ``data`` is read."""
+        and all of them go to ``reserve``. What missed must be written to its place before ``data`` is read. A key below
+        0 is no slice: its place is one that no slice gets."""
 
     @abstractmethod
     def reserve(self, n_slices: int) -> Tensor:
@@ -45,7 +46,7 @@ class Staging(Slots):
 
     def reserve(self, n_slices: int) -> Tensor:
         if n_slices > self.data.shape[0]:
-            self.data = torch.empty(n_slices, self.data.shape[1], dtype=torch.uint8, device=self.data.device)
+            self.data = self.data.new_zeros(n_slices, self.data.shape[1])  # a place may be read and not count
         return self.data[:n_slices]
 
     @property
@@ -62,11 +63,11 @@ class PageCache(Slots):
     def __init__(self, n_slots: int, slice_bytes: int, device: torch.device, staging: Staging | None = None) -> None:
         self._staging = staging or Staging(slice_bytes, device)
         self.places = n_slots
-        self.data = torch.empty(n_slots, slice_bytes, dtype=torch.uint8, device=device)
+        self.data = torch.zeros(n_slots + 1, slice_bytes, dtype=torch.uint8, device=device)  # and one for no slice
         self._start_table(device)
 
     def admit(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
-        if keys.shape[0] > self.data.shape[0]:
+        if keys.shape[0] > self._owners.shape[0]:
             return None
         if keys.device != self._owners.device:
             self._start_table(keys.device)
@@ -78,14 +79,14 @@ class PageCache(Slots):
 
     @property
     def resident_bytes(self) -> int:
-        return tensor_bytes(self.data)
+        return tensor_bytes(self.data[:-1])
 
     def forget(self) -> None:
         self._start_table(self._owners.device)
 
     def _start_table(self, device: torch.device) -> None:
         """Who owns the places is kept where the keys come from."""
-        n_slots = self.data.shape[0]
+        n_slots = self.data.shape[0] - 1
         self._owners = torch.full((n_slots,), -1, device=device)
         self._last_used = torch.zeros(n_slots, dtype=torch.int64, device=device)
         self._now = torch.zeros((), dtype=torch.int64, device=device)

@@ -5,13 +5,14 @@ What is left of a segment behind the fetched slices has mass s0 e^((q - q0) . s1
 order in (q - q0).
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from kvoffload_kernels.dispatch import estimate_rest
 from pydantic import Field
 from torch import Tensor
 
-from kvoffload.completion.base import Completion, per_query
+from kvoffload.completion.base import Completion
 from kvoffload.completion.offset import OffsetsConfigBase
 from kvoffload.completion.segments import Segments
 from kvoffload.geometry import Geometry
@@ -25,6 +26,7 @@ class AnchoredCompletionConfig(OffsetsConfigBase):
     and values ``dtype``. ``file`` holds calibrated offsets of the mass."""
 
     kind: Literal["anchored"] = "anchored"
+    holds: ClassVar[bool] = True
     segments: int = Field(32, ge=2, le=4096)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -49,9 +51,11 @@ class AnchoredCompletion(Completion):
         self._segments.absorb(pages)
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
-        rest = self._segments.without(fetched, query)
-        tilt = query - per_query(self._segments.anchor, query)[:, None]
-        return Partial.weigh(tilt @ rest.keys.transpose(-1, -2) + rest.log_mass[:, None], rest.values)
+        return Partial(*estimate_rest(query, self._segments.sums(), self._segments.slices(fetched)))
+
+    @property
+    def can_hold(self) -> bool:
+        return True
 
     @property
     def state_bytes(self) -> int:

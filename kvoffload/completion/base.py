@@ -54,6 +54,12 @@ class Completion(ABC):
         the query's device only where ``uses_scores`` says that they are needed."""
 
     @property
+    def can_hold(self) -> bool:
+        """Whether an estimate may be part of steps of fixed shapes: it reads only tensors that pages and ``refresh``
+        change in place, scores and index held in room, and right after a ``refresh`` does nothing else."""
+        return False
+
+    @property
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of the summary, all of them touched in each step."""
@@ -71,6 +77,9 @@ class CompletionConfigBase(BaseModel):
 
     needs_index: ClassVar[bool] = False
     """Whether it reads the selector's token-level index, which there must be then."""
+
+    holds: ClassVar[bool] = False
+    """Whether the completion built can be in steps of fixed shapes (``Completion.can_hold``) when a prompt is in."""
 
     @property
     def calibration(self) -> CalibrationFile | None:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import Growing, page_mask
+from kvoffload.buffers import Growing
 from kvoffload.completion.base import Completion, CompletionConfigBase, per_query
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages, Partial, by_row
@@ -40,7 +40,7 @@ class ExactCompletion(Completion):
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         if len(self._keys) == 0:
             return Partial.empty(query, self._geometry.value_dim)
-        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], len(self._keys))
+        read = fetched.mask(query.shape[0], len(self._keys))
         keep = per_query(self._log_valid.view, query).masked_fill(read[..., None], -torch.inf)
         keys = self._keys.view.float().flatten(1, 2)
         logits = (by_row(query, keys.shape[0]) @ keys.transpose(-1, -2)).view(*query.shape[:2], -1)

@@ -7,7 +7,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvoffload.buffers import page_mask
 from kvoffload.completion.base import Completion, CompletionConfigBase
 from kvoffload.completion.segments import Segments
 from kvoffload.geometry import Geometry
@@ -48,7 +47,7 @@ class IndexMassCompletion(Completion):
             return Partial.empty(query, self._value_dim)
         rest = self._segments.without(fetched, query)
         segments = self._segments.of_pages(torch.arange(n_pages, device=query.device))
-        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], n_pages)
+        read = fetched.mask(query.shape[0], n_pages)
         gone = read | ~rest.has_tokens.index_select(1, segments)
         masses = scores.masked_fill(gone[:, None], -torch.inf)
         top = masses.amax(-1, keepdim=True)

@@ -5,12 +5,12 @@ The paper shares out 1 = alpha + (1 - alpha) by the approximate scores alone; he
 Its mean is over all values, here over the unread ones.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import page_mask, tensor_bytes
+from kvoffload.buffers import tensor_bytes
 from kvoffload.completion.base import Completion, CompletionConfigBase, per_query
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages, Partial
@@ -20,6 +20,7 @@ class MeanValueCompletionConfig(CompletionConfigBase):
     """Sum and count of the values, fp32."""
 
     kind: Literal["mean_value"] = "mean_value"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
         return MeanValueCompletion(geometry, device)
@@ -45,10 +46,14 @@ class MeanValueCompletion(Completion):
         taken = _sums(fetched.values, fetched.log_valid())
         left = per_query(self._sums, query).index_add(0, fetched.row_ids, taken, alpha=-1)
         mean = left[:, :-1] / left[:, -1:].clamp_min(1.0)
-        read = page_mask(fetched.page_ids, fetched.row_ids, *scores.shape[::2])
+        read = fetched.mask(*scores.shape[::2])
         lse = scores.masked_fill(read[:, None], -torch.inf).logsumexp(-1)
         remains = ~lse.isneginf() & (left[:, -1:] > 0.5)
         return Partial(mean[:, None].expand(*lse.shape, -1), lse).masked(remains)
+
+    @property
+    def can_hold(self) -> bool:
+        return True
 
     @property
     def state_bytes(self) -> int:

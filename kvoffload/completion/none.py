@@ -1,6 +1,6 @@
 """``none``: what was not read is dropped, and the softmax renormalised over the rest (plain Top-K)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ class NoCompletionConfig(CompletionConfigBase):
     """Selection only."""
 
     kind: Literal["none"] = "none"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
         return NoCompletion(geometry.value_dim)
@@ -34,6 +35,10 @@ class NoCompletion(Completion):
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         return Partial.empty(query, self._value_dim)
+
+    @property
+    def can_hold(self) -> bool:
+        return True
 
     @property
     def state_bytes(self) -> int:

@@ -43,6 +43,10 @@ class OffsetCompletion(Completion):
         return Partial(rest.output, rest.lse + per_query(self._offset, query))
 
     @property
+    def can_hold(self) -> bool:
+        return self._inner.can_hold
+
+    @property
     def state_bytes(self) -> int:
         return self._inner.state_bytes
 

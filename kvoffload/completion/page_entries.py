@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import Growing, page_mask
+from kvoffload.buffers import Growing
 from kvoffload.completion.base import Completion, per_query
 from kvoffload.values import Fetched, Pages, Partial, by_row
 
@@ -48,7 +48,7 @@ class PageEntriesCompletion(Completion):
         if len(self._keys) == 0:
             return Partial.empty(query, self._value_dim)
         keys, values = self._keys.view.flatten(1, 2), self._values.view.flatten(1, 2)
-        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], len(self._keys))
+        read = fetched.mask(query.shape[0], len(self._keys))
         left = per_query(self._log_weights.view, query).masked_fill(read[..., None], -torch.inf).flatten(1)
         logits = (by_row(query, keys.shape[0]) @ keys.mT).view(*query.shape[:2], -1)
         return Partial.weigh(logits + left[:, None], values)

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import page_mask
 from kvoffload.completion.base import Completion
 from kvoffload.completion.offset import OffsetsConfigBase
 from kvoffload.geometry import Geometry
@@ -46,7 +45,7 @@ class PagesCompletion(Completion):
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         if len(self._sums) == 0:
             return Partial.empty(query, self._value_dim)
-        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], len(self._sums))
+        read = fetched.mask(query.shape[0], len(self._sums))
         masses = self._sums.log_masses(by_row(query, self._sums.values.shape[0])).view(*query.shape[:2], -1)
         return Partial.weigh(masses.masked_fill(read[:, None], -torch.inf), self._sums.values)
 

@@ -8,11 +8,10 @@ its output is then one affine map of the weighted mean key (kernels/README.md, "
 from typing import ClassVar, Literal
 
 import torch
-from kvoffload_kernels.dense_attention.reference import soft_cap
 from pydantic import Field
 from torch import Tensor
 
-from kvoffload.buffers import page_mask, tensor_bytes
+from kvoffload.buffers import tensor_bytes
 from kvoffload.completion.base import Completion, CompletionConfigBase
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages, Partial, by_row
@@ -37,6 +36,7 @@ class RegressionCompletionConfig(RegressionConfigBase):
     """Features are the restored keys."""
 
     kind: Literal["regression"] = "regression"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, layer: int, device: torch.device) -> Completion:
         return RegressionCompletion(self.ridge, geometry, device)
@@ -92,9 +92,13 @@ class RegressionCompletion(Completion):
         if self._n_tokens == 0:
             return Partial.empty(query, self._geometry.value_dim)
         self.refresh()
-        mean = self._by_query(self._mean_features(self._logits(query, fetched)), query)
+        mean = self._by_query(self._mean_features(query, fetched), query)
         values = (by_row(mean.output, self._geometry.rows) - self._centre) @ self._map[:, 1:] + self._map[:, :1]
         return Partial(values.reshape(*query.shape[:2], -1), mean.lse).masked(~mean.lse.isneginf())
+
+    @property
+    def can_hold(self) -> bool:
+        return self._n_tokens > 0 and self.index is not None and self.index.can_hold
 
     @property
     def state_bytes(self) -> int:
@@ -122,21 +126,20 @@ class RegressionCompletion(Completion):
         counts = valid.sum(1)[:, None, None]
         mean = (features * valid[..., None]).sum(1, keepdim=True) / counts.clamp_min(1)
         fresh = (self._moments[0, :, :1, :1] == 0) & (counts > 0)
-        self._centre = torch.where(fresh, mean, self._centre)
+        self._centre.copy_(torch.where(fresh, mean, self._centre))
 
-    def _mean_features(self, logits: Tensor) -> Partial:
-        """Attention over every token's features with logits [rows, H, N]."""
+    def _mean_features(self, query: Tensor, fetched: Fetched) -> Partial:
+        """Attention of scaled queries [rows * Q, R, D] over the features of every token that was not fetched: a partial
+        [rows, Q * R]."""
         assert self.index is not None, "built without an index"
-        return self.index.weigh(logits)
+        shape = self._geometry
+        return self.index.attend(*self._asked(query, fetched), shape.page_size, shape.softcap)
 
-    def _logits(self, query: Tensor, fetched: Fetched) -> Tensor:
-        """The index's logits for scaled queries [rows * Q, R, D], -inf at what was fetched: fp32 [rows, Q * R, N]."""
+    def _asked(self, query: Tensor, fetched: Fetched) -> tuple[Tensor, Tensor]:
+        """Queries [rows, Q * R, D], and which pages were fetched for them, bool [rows * Q, P], where the index is."""
         assert self.index is not None, "built without an index"
-        rows, size = self._geometry.rows, self._geometry.page_size
-        logits = soft_cap(self.index.logits_again(by_row(query, rows).to(self.index.device)), self._geometry.softcap)
-        pages = logits.reshape(*query.shape[:2], -1, size)
-        read = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], pages.shape[2]).to(logits.device)
-        return pages.masked_fill(read[:, None, :, None], -torch.inf).reshape(logits.shape)
+        read = fetched.mask(query.shape[0], self.index.span // self._geometry.page_size)
+        return by_row(query, self._geometry.rows).to(self.index.device), read.to(self.index.device)
 
     @staticmethod
     def _by_query(part: Partial, query: Tensor) -> Partial:
@@ -157,7 +160,7 @@ class RegressionCompletion(Completion):
         self._fitted_tokens = self._n_tokens
         tiny = torch.finfo(torch.float32).tiny
         moments = (self._moments / self._moments[..., :1, :1].clamp_min(tiny)).mean(0)
-        self._map = least_squares(moments, self._ridge)
+        self._map.copy_(least_squares(moments, self._ridge))
 
 
 def least_squares(moments: Tensor, ridge: float) -> Tensor:

@@ -9,16 +9,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from kvoffload_kernels.completion.reference import remove_slices, tilted_sums
+from kvoffload_kernels.completion.reference import SegmentSums, Slices, tilted_sums, what_is_left
 from torch import Tensor
 
 from kvoffload.buffers import tensor_bytes
-from kvoffload.completion.base import per_query
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages
 
 _UNUSED = torch.iinfo(torch.int64).max
-_EMPTY = 1e-6  # below this share of a segment's mass what is left is rounding (fp32 sums: 1e-7 per term)
 _ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-6}  # below this share rounded sums say nothing of what is left
 _LN2 = math.log(2.0)
 
@@ -26,11 +24,10 @@ _LN2 = math.log(2.0)
 @dataclass(frozen=True)
 class Remainders:
     """What is left of each segment: log mass fp32 [rows * Q, M] under the anchor (-inf where nothing is), whether any
-    token is left, and weighted mean keys and values, [rows * Q, M, D] and [rows * Q, M, Dv]."""
+    token is left, and weighted mean values, [rows * Q, M, Dv]."""
 
     log_mass: Tensor
     has_tokens: Tensor
-    keys: Tensor
     values: Tensor
 
 
@@ -75,16 +72,18 @@ class Segments:
 
     def without(self, fetched: Fetched, query: Tensor) -> Remainders:
         """The segments without the fetched slices, for queries [rows * Q, R, D]."""
-        shift, state = per_query(self._shift(), query), per_query(self._state(), query)
-        state_left = self._remove(state, per_query(self.anchor, query), shift, fetched)
-        mass, total = state_left[..., 0], state[..., 0]
-        has_tokens = state_left[..., -1] > 0.5
-        left = has_tokens & (mass > _EMPTY * total)
-        means = _means(state_left, torch.where(left, mass, 1.0))
-        whole = _means(state, torch.where(total > 0, total, 1.0))
-        means = torch.where((left & (mass > _ROUNDING[self._dtype] * total))[..., None], means, whole)
-        log_mass = torch.where(left, mass, 1.0).log() + shift[:, None]
-        return Remainders(log_mass.masked_fill(~left, -torch.inf), has_tokens, *means.split(self._sizes, dim=-1))
+        log_mass, n_left, means = what_is_left(query.shape[0] // self._rows, self.sums(), self.slices(fetched))
+        return Remainders(log_mass, n_left > 0.5, means[..., self._sizes[0] :])
+
+    def sums(self) -> SegmentSums:
+        """The segments as kernels take them; views."""
+        rounding = _ROUNDING[self._dtype]
+        return SegmentSums(self.anchor, self._shift(), self._mass, self._counts, self._sums, rounding)
+
+    def slices(self, fetched: Fetched) -> Slices:
+        """Fetched slices with the segments that they leave."""
+        segments = self.of_pages(fetched.page_ids)
+        return Slices(fetched.keys, fetched.values, fetched.valid, fetched.row_ids, segments)
 
     def of_pages(self, page_ids: Tensor) -> Tensor:
         """The segment of each page."""
@@ -97,18 +96,6 @@ class Segments:
     @property
     def resident_bytes(self) -> int:
         return self.state_bytes + tensor_bytes(self._newest)
-
-    def _state(self) -> Tensor:
-        """Masses, sums and token counts side by side, fp32 [rows, M, 1 + D + Dv + 1]."""
-        return torch.cat([self._mass[..., None], self._sums.float(), self._counts[..., None]], dim=-1)
-
-    def _remove(self, state: Tensor, anchor: Tensor, shift: Tensor, fetched: Fetched) -> Tensor:
-        """The state without the fetched slices; all tensors in query rows."""
-        log_valid = fetched.log_valid()
-        logits = torch.einsum("fd,fsd->fs", anchor[fetched.row_ids], fetched.keys.float()) + log_valid
-        sums = self._tilted(fetched.keys, fetched.values, logits - shift[fetched.row_ids][:, None])
-        n_tokens = log_valid.exp().sum(-1, keepdim=True)
-        return remove_slices(state, torch.cat([sums, n_tokens], -1), fetched.row_ids, self.of_pages(fetched.page_ids))
 
     def _tilted(self, keys: Tensor, values: Tensor, log_weight: Tensor) -> Tensor:
         return tilted_sums(keys[..., : self._sizes[0]], values, log_weight)
@@ -126,7 +113,7 @@ class Segments:
         self._mass *= factor[:, None]
         self._sums *= factor[:, None, None]
         self._newest *= factor[:, None]
-        self._log_scale = log_scale
+        self._log_scale.copy_(log_scale)
 
     def _absorb_into_last(self, pages: Pages, start: int) -> int:
         """Add pages from ``start`` on to the newest segment while it has room; returns how many."""
@@ -163,7 +150,3 @@ class Segments:
         self._ends[i:-1] = self._ends[i + 1 :].clone()
         self._ends[-1:].fill_(_UNUSED)
         self._lengths[i : i + 2] = [pairs[i]]
-
-
-def _means(state: Tensor, mass: Tensor) -> Tensor:
-    return state[..., 1:-1] / mass[..., None]

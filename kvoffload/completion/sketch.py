@@ -7,6 +7,7 @@ together. The codes grow with the context, and every step is charged for all of 
 from typing import Literal
 
 import torch
+from kvoffload_kernels.page_scores.reference import mask_pages
 from kvoffload_kernels.transform_code.reference import code_bytes, n_levels, tier_widths
 from pydantic import field_validator
 from torch import Tensor
@@ -20,6 +21,7 @@ from kvoffload.completion.regression import (
     moment_bytes,
 )
 from kvoffload.geometry import Geometry
+from kvoffload.index.base import capped
 from kvoffload.index.transform import TransformIndex
 from kvoffload.values import Fetched, KeySample, Pages, Partial
 
@@ -75,13 +77,24 @@ class SketchCompletion(RegressionCompletion):
         assert self._rests is not None, "values are still waiting"
         return torch.cat([super()._features(start, stop), self._rests.keys(start, stop)], -1)
 
-    def _mean_features(self, logits: Tensor) -> Partial:
+    def _mean_features(self, query: Tensor, fetched: Fetched) -> Partial:
         assert self._rests is not None, "values are still waiting"
-        keys, rests = super()._mean_features(logits), self._rests.weigh(logits)
+        assert self.index is not None, "built without an index"
+        logits = self._logits(query, fetched)
+        keys, rests = self.index.weigh(logits), self._rests.weigh(logits)
         return Partial(torch.cat([keys.output, rests.output], -1), keys.lse)
+
+    def _logits(self, query: Tensor, fetched: Fetched) -> Tensor:
+        """The index's logits for scaled queries [rows * Q, R, D], -inf at what was fetched: fp32 [rows, Q * R, N]."""
+        assert self.index is not None, "built without an index"
+        asked, read = self._asked(query, fetched)
+        logits = capped(self.index.logits_again(asked), self._geometry.softcap)
+        return mask_pages(logits, read, self._geometry.page_size)
 
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
         super().reset(anchor, n_pages=n_pages)
+        if self.index is not None:
+            self.index.needs_logits = True
         self._waiting, self._waiting_valid = Growing(), Growing()
         self._first_map, self._first_centre = torch.zeros(0), torch.zeros(0)
         self._rests: TransformIndex | None = None
@@ -103,6 +116,10 @@ class SketchCompletion(RegressionCompletion):
             mean = Partial.weigh(self._logits(query, fetched), self._waiting.view.float())
             return self._by_query(mean.masked(~mean.lse.isneginf()), query)
         return super().estimate(query, fetched, scores)
+
+    @property
+    def can_hold(self) -> bool:
+        return False
 
     @property
     def state_bytes(self) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 from kvoffload.attention.decode import anchor_logits
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.stream import stream
-from kvoffload.buffers import page_mask
 from kvoffload.completion.base import Completion
 from kvoffload.values import Fetched, Pages, Partial, by_row, merge
 
@@ -75,7 +74,7 @@ def exact_parts(layer: LayerCache, query: Tensor, fetched: Fetched) -> Exact:
     anchors = anchor_logits(layer, query, layer.anchors.seen(query.shape[0] // layer.geometry.rows))
     read, energies = [Partial.weigh(anchors, layer.anchors.values)], [_energy(anchors)]
     remainder = [Partial.empty(query, layer.geometry.value_dim)]
-    was_read, first = page_mask(fetched.page_ids, fetched.row_ids, query.shape[0], layer.n_pages), 0
+    was_read, first = fetched.mask(query.shape[0], layer.n_pages), 0
     for pages in stream(layer):
         logits = _page_logits(layer, query, pages)
         energies.append(_energy(logits))

@@ -3,8 +3,11 @@
 from abc import ABC, abstractmethod
 
 import torch
+from kvoffload_kernels.dense_attention.reference import soft_cap
+from kvoffload_kernels.page_scores.reference import mask_pages, page_masses
 from torch import Tensor
 
+from kvoffload.buffers import Room
 from kvoffload.values import KeySample, Pages, Partial
 
 
@@ -17,7 +20,56 @@ class KeyIndex(ABC):
     hands_on: bool = False
     """Set by a completion that attends over the index: the logits of ``score`` are kept for it, once."""
 
+    needs_logits: bool = False
+    """Set by a completion that asks for every token's logit: then pages are scored by way of them."""
+
+    room: Room | None = None
+    """Set by ``hold``: what scores and attends gives that many pages."""
+
     _scored: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def span(self) -> int:
+        """Tokens that logits are of: all of them, or all that the room has place for."""
+        return self.n_tokens if self.room is None else self.room.n_tokens
+
+    def score_pages(self, query: Tensor, page_size: int) -> Tensor:
+        """Log mass of every page, fp32 [rows, H, P], for the selector, which comes first in a step."""
+        if not self.needs_logits and self._fuses(query, page_size):
+            scores = self._fused_pages(query, page_size)
+        else:
+            scores = page_masses(self.score(query), page_size)
+        return scores if self.room is None else self.room.bound(scores)
+
+    def attend(self, query: Tensor, excluded: Tensor, page_size: int, softcap: float | None) -> Partial:
+        """Attention over the restored keys of the pages that ``excluded`` bool [rows * Q, P] does not name, for queries
+        [rows, Q * R, D] that may just have been scored: a partial of mean keys (anything finite where none is left)."""
+        if self.room is not None:
+            excluded = excluded | self.room.beyond
+        if self._fuses(query, page_size):
+            return self._fused_attention(query, excluded, page_size, softcap)
+        return self.weigh(mask_pages(capped(self.logits_again(query), softcap), excluded, page_size))
+
+    def _fuses(self, query: Tensor, page_size: int) -> bool:
+        """Whether the two functions below work for these queries."""
+        return False
+
+    def _fused_pages(self, query: Tensor, page_size: int) -> Tensor:
+        """``score_pages`` without any token's logit."""
+        raise NotImplementedError
+
+    def _fused_attention(self, query: Tensor, excluded: Tensor, page_size: int, softcap: float | None) -> Partial:
+        """``attend`` without any token's logit."""
+        raise NotImplementedError
+
+    @property
+    def can_hold(self) -> bool:
+        """Whether ``hold`` may be called now."""
+        return False
+
+    def hold(self, room: Room | None) -> None:
+        """From now on queries read tensors that stay where they are while pages come into the room; None ends that."""
+        self.room = room
 
     def score(self, query: Tensor) -> Tensor:
         """``logits``, for the selector, which comes first in a step."""
@@ -29,7 +81,7 @@ class KeyIndex(ABC):
         """``logits`` of queries that may just have been scored; then they are handed on and forgotten here. Queries are
         the same if they lie in the same memory, which is kept until then, or on the host, if they are equal."""
         scored, self._scored = self._scored, None
-        if scored is not None and _same(scored[0], query) and scored[1].shape[-1] == self.n_tokens:
+        if scored is not None and _same(scored[0], query) and scored[1].shape[-1] == self.span:
             return scored[1]
         return self.logits(query)
 
@@ -52,7 +104,7 @@ class KeyIndex(ABC):
     def weigh(self, logits: Tensor) -> Partial:
         """Attention with logits [rows, H, N] over the restored keys of all tokens: a partial [rows, H] of mean keys
         (anything finite where no token is left)."""
-        return Partial.weigh(logits, self.keys(0, self.n_tokens))
+        return Partial.weigh(logits, self.keys(0, self.span))
 
     @property
     @abstractmethod
@@ -63,6 +115,11 @@ class KeyIndex(ABC):
     def resident_bytes(self) -> int:
         """Bytes kept on ``device``."""
         return self.index_bytes
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """``soft_cap`` that leaves what does not count at -inf."""
+    return logits if softcap is None else soft_cap(logits, softcap).masked_fill(logits.isneginf(), -torch.inf)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -81,7 +138,12 @@ class Padding:
     def absorb(self, pages: Pages) -> None:
         if pages.valid is not None:
             missing = (~pages.valid).sum((1, 2))[:, None, None]
-            self._missing = missing if self._missing is None else self._missing + missing
+            self._missing = missing if self._missing is None else self._missing.add_(missing)  # stays where it is
+
+    @property
+    def missing(self) -> Tensor | None:
+        """How many tokens that is, int64 [rows]; None where all of them count."""
+        return None if self._missing is None else self._missing.flatten()
 
     def valid(self, n_tokens: int) -> Tensor | None:
         """Which of the first ``n_tokens`` tokens count, bool [rows, 1, n]; None when all do."""

@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
+from kvoffload_kernels.dispatch import attend_quantized_index, fuses_quantized, score_quantized_pages
 from kvoffload_kernels.page_scores.reference import quantise, restore, score_tokens
 from torch import Tensor
 
-from kvoffload.buffers import Growing, tensor_bytes
+from kvoffload.buffers import Growing, Room, tensor_bytes
 from kvoffload.index.base import KeyIndex, Padding
-from kvoffload.values import KeySample, Pages
+from kvoffload.values import KeySample, Pages, Partial
 
 
 class QuantizedIndex(KeyIndex):
@@ -24,7 +25,7 @@ class QuantizedIndex(KeyIndex):
         self._open_keys: Tensor | None = None  # tokens of the group that is not full yet, [rows, T, D]
         self._open_valid: Tensor | None = None
         self._padding = Padding()
-        self.n_tokens = 0
+        self.n_tokens, self.room = 0, None
 
     def absorb(self, pages: Pages) -> None:
         pages = pages.to(self.device)
@@ -41,8 +42,33 @@ class QuantizedIndex(KeyIndex):
         self._set_open(keys[:, closed:], valid[:, closed:])
 
     def logits(self, query: Tensor) -> Tensor:
-        logits = score_tokens(query, self._codes.view, self._zero.view, self._step.view, self._bits)
-        return self._padding.mask(logits[..., : self.n_tokens])
+        return self._padding.mask(score_tokens(query, *self._groups(), self._bits)[..., : self.span])
+
+    def _fuses(self, query: Tensor, page_size: int) -> bool:
+        return fuses_quantized(query, self._codes.view, page_size)
+
+    def _fused_pages(self, query: Tensor, page_size: int) -> Tensor:
+        missing = self._padding.missing
+        return score_quantized_pages(
+            query, *self._groups(), self._bits, n_tokens=self.span, page_size=page_size, missing=missing
+        )
+
+    def _fused_attention(self, query: Tensor, excluded: Tensor, page_size: int, softcap: float | None) -> Partial:
+        return Partial(
+            *attend_quantized_index(
+                query, *self._groups(), self._bits, excluded=excluded, page_size=page_size,
+                missing=self._padding.missing, softcap=softcap,
+            )
+        )  # fmt: skip
+
+    @property
+    def can_hold(self) -> bool:
+        return self.n_tokens > 0
+
+    def hold(self, room: Room | None) -> None:
+        super().hold(room)
+        for buffer in (self._codes, self._zero, self._step):
+            buffer.hold(None if room is None else -(-room.n_tokens // self._group))
 
     def keys(self, start: int, stop: int) -> Tensor:
         first = start // self._group
@@ -51,6 +77,9 @@ class QuantizedIndex(KeyIndex):
             self._codes.view[:, groups], self._zero.view[:, groups], self._step.view[:, groups], self._bits
         )
         return restored.flatten(1, 2)[:, start - first * self._group : stop - first * self._group]
+
+    def _groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._codes.view, self._zero.view, self._step.view
 
     @property
     def index_bytes(self) -> int:

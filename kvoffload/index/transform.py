@@ -4,10 +4,11 @@ channel at 4, 2, 1 or 0 bits by its variance (transform coding: Goyal, IEEE SPM 
 from dataclasses import dataclass
 
 import torch
+from kvoffload_kernels.dispatch import attend_transform_index, fuses_transform, score_transform_pages
 from kvoffload_kernels.transform_code.reference import Levels, decode, encode, fit, fit_levels, tier_widths
 from torch import Tensor
 
-from kvoffload.buffers import Growing, tensor_bytes
+from kvoffload.buffers import Growing, Room, tensor_bytes
 from kvoffload.index.base import KeyIndex, Padding
 from kvoffload.values import KeySample, Pages, Partial
 
@@ -41,7 +42,7 @@ class TransformIndex(KeyIndex):
         enough = sample is not None and sample.keys.shape[1] >= FIT_TOKENS
         self._code = self._fit(sample) if sample is not None and enough else None
         self._decoded: Tensor | None = None  # from scoring to weighing, if the logits are handed on
-        self.n_tokens = 0
+        self.n_tokens, self.room = 0, None
 
     def absorb(self, pages: Pages) -> None:
         pages = pages.to(self.device)
@@ -72,11 +73,37 @@ class TransformIndex(KeyIndex):
         if self._code is None:
             return super().weigh(logits)
         channels, self._decoded = self._decoded, None
-        if channels is None or channels.shape[1] != self.n_tokens:
+        if channels is None or channels.shape[1] != self.span:
             channels = decode(self._codes.view, self._code.levels)
         mean = Partial.weigh(logits, channels)
         keys = mean.output @ self._code.synthesis.float().transpose(-1, -2) + self._code.mean.float()[:, None]
         return Partial(keys, mean.lse)
+
+    def _fuses(self, query: Tensor, page_size: int) -> bool:
+        return self._code is not None and fuses_transform(query, page_size)
+
+    def _fused_pages(self, query: Tensor, page_size: int) -> Tensor:
+        return score_transform_pages(query, *self._coded(), page_size=page_size, missing=self._padding.missing)
+
+    def _fused_attention(self, query: Tensor, excluded: Tensor, page_size: int, softcap: float | None) -> Partial:
+        return Partial(
+            *attend_transform_index(
+                query, *self._coded(), excluded=excluded, page_size=page_size,
+                missing=self._padding.missing, softcap=softcap,
+            )
+        )  # fmt: skip
+
+    @property
+    def can_hold(self) -> bool:
+        return self._code is not None
+
+    def hold(self, room: Room | None) -> None:
+        super().hold(room)
+        self._codes.hold(None if room is None else room.n_tokens)
+
+    def _coded(self) -> tuple[Tensor, Tensor, Tensor, Levels]:
+        assert self._code is not None, "only coded keys are scored by their codes"
+        return self._codes.view, self._code.mean, self._code.synthesis, self._code.levels
 
     def keys(self, start: int, stop: int) -> Tensor:
         if self._code is None:

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
+from kvoffload.attention.fixed import decode_fixed
 from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefetch import Prefetch
@@ -75,6 +76,9 @@ class OffloadLayer(AttendingLayer):
             raise OutOfRoomError(str(error)) from error
 
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+        if self._cache.fixed:
+            return _as_heads(kv, decode_fixed(kv, query_rows(q), k, v))
+        kv.fix(None)
         if self._cache.rectifies:
             return prefill(kv, q, k, v, kv.fetch.decode)
         one_by_one = q.shape[2] == 1 or self._cache.stepping
@@ -87,9 +91,7 @@ class OffloadLayer(AttendingLayer):
         n_new = q.shape[2] - kv.n_revised
         if n_new > kv.run_length(n_new):
             raise UsageError(f"{n_new} tokens in one forward: at most {kv.run_length(n_new)} can be decoded")
-        step = decode(kv, query_rows(q), k, v)
-        output, lse = (t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse))
-        return Partial(output, lse)
+        return _as_heads(kv, decode(kv, query_rows(q), k, v))
 
     def copy_prefill(self, sources: "Sequence[OffloadLayer]") -> None:
         """Take over other layers' tokens as if they had been prefilled here, several as sequences side by side; nothing
@@ -129,6 +131,11 @@ class OffloadLayer(AttendingLayer):
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
 
+def _as_heads(kv: LayerCache, step: Partial) -> Partial:
+    """A partial in query rows as [rows, R, Q, ...]."""
+    return Partial(*(t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse)))
+
+
 class OffloadCache(OneSequenceARow, DynamicCache):
     """A DynamicCache whose full-attention layers keep their KV in the configured tier.
 
@@ -155,7 +162,7 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         for place, i in enumerate(unbounded):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)
-        self.config, self.exact, self.stepping, self.rectifies = config, False, False, False
+        self.config, self.exact, self.stepping, self.rectifies, self.fixed = config, False, False, False, False
         self.policies = [policy.build() for policy in config.policy]
         self.anew = Anew(self.policies)
         self._shared_kv = SharedKv(self.freezing) if self.freezing and self.freezing.what == "kv" else None
@@ -270,11 +277,10 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         if shape not in self._stores:
             capacity = -(-self._expected_tokens // geometry.page_size)
             opened = open_store(self.config, shape, capacity, keys.device, self._sealed.get(shape))
-            mirror = opened.mirror
             self._stores[shape] = self.wrap_store(opened.store)
             self.copied_read += opened.read
-            if mirror is not None:
-                self._mirrors[shape] = mirror
+            if opened.mirror is not None:
+                self._mirrors[shape] = opened.mirror
             self._staging[shape] = Staging(shape.slice_bytes, keys.device)
         store, staging = self._stores[shape], self._staging[shape]
         return build_layer(

@@ -26,14 +26,14 @@ class Sampler:
     """Greedy at temperature 0, else sampling with a generator of its own."""
 
     def __init__(self, sampling: SamplingConfig, device: torch.device) -> None:
-        self._greedy = sampling.temperature == 0
+        self.greedy = sampling.temperature == 0
         self._generator = torch.Generator(device=device)
         if sampling.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
         self._processors = LogitsProcessorList()
-        if not self._greedy:
+        if not self.greedy:
             self._processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k > 0:
             self._processors.append(TopKLogitsWarper(sampling.top_k))
@@ -49,13 +49,20 @@ class Sampler:
     def state(self, state: Tensor) -> None:
         self._generator.set_state(state)
 
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """What ``pick`` draws from."""
+        return () if self.greedy else (self._generator,)
+
     def pick(self, logits: Tensor) -> Tensor:
-        """The next token int64 [1, 1] from logits [1, vocabulary]."""
-        if self._greedy:
+        """The next token int64 [1, 1] from logits [1, vocabulary], without waiting for the device."""
+        if self.greedy:
             return logits.argmax(-1, keepdim=True)
-        before = torch.empty(1, 0, dtype=torch.int64, device=logits.device)  # none of the processors looks back
-        scores: Tensor = self._processors(before, logits.float())  # type: ignore[arg-type]
-        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        so_far = torch.zeros(len(logits), 0, dtype=torch.int64, device=logits.device)  # none of these looks at it
+        scores: Tensor = self._processors(so_far, logits.float())  # type: ignore[arg-type]
+        # what torch.multinomial does, without its checks: the smallest of exponential waiting times comes first
+        waits = torch.empty_like(scores).exponential_(1, generator=self._generator)
+        return (scores.softmax(-1) / waits).argmax(-1, keepdim=True)
 
 
 class TextStream:

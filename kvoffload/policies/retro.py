@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
-from kvoffload_kernels.sparse_decode.reference import attend_slices
+from kvoffload_kernels.dispatch import attend_slices
 from pydantic import Field
 from torch import Tensor
 

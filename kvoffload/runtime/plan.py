@@ -88,7 +88,8 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is needed where. ``device_is_host`` says that device memory is host memory (a CPU device)."""
+    """What is needed where. ``device_is_host`` says that device memory is host memory (a CPU device), ``replays_steps``
+    that decode steps will be replays of a captured graph, if those of the model can be."""
 
     context: int
     batch: int
@@ -98,6 +99,7 @@ class Plan:
     needs: tuple[Need, ...]
     limits: Limits
     device_is_host: bool
+    replays_steps: bool = False
 
     @property
     def kv_bytes(self) -> int:
@@ -152,6 +154,7 @@ class Plan:
             "token_equivalent_bytes": self.footprint.token_bytes,
             "kv_bytes": self.kv_bytes,
             "budget_tokens": self.budget_tokens,
+            "replays_steps": self.replays_steps,
             "needs": [{"what": n.what, "where": self._place(n.where), "bytes": n.n_bytes} for n in self.needs],
             "total_bytes": {where: self.total(where) for where in self._pools()},
             "free_bytes": {where: self.available(where) for where in self._pools()},
@@ -201,6 +204,7 @@ def make_plan(
         ),
         limits=limits.shared(ranks.on_host),
         device_is_host=device.type == "cpu",
+        replays_steps=device.type == "cuda" and config.replays_steps,
     )
 
 

@@ -17,6 +17,7 @@ from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
+from kvoffload.models.step_graph import StepGraph, capture_of
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
@@ -55,6 +56,9 @@ class Session:
         self._step_s = 0.0
         self._n_steps = 0
         self._interrupt = Interrupt(ranks.largest)
+        self._capture = capture_of(model.device) if config.replays_steps else None
+        self._graph: StepGraph | None = None
+        self._picked: Tensor | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
         return self
@@ -247,6 +251,7 @@ class Session:
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
+            graph_steps=0 if self._graph is None else self._graph.n_replays,
         )
 
     def all_stats(self) -> Stats:
@@ -302,8 +307,10 @@ class Session:
     def _next_token(self, sampler: Sampler) -> int:
         started = time.perf_counter()
         behind = len(self.token_ids) - self.cache.get_seq_length()
-        logits = self._catch_up()
-        token = self.ranks.first(int(sampler.pick(logits)))
+        logits = self._catch_up(sampler)
+        picked = sampler.pick(logits) if self._picked is None else self._picked
+        token = self.ranks.first(int(picked))
+        self._picked = None
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -313,15 +320,19 @@ class Session:
         return token
 
     @torch.inference_mode()
-    def _catch_up(self) -> Tensor:
-        """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all."""
+    def _catch_up(self, sampler: Sampler | None = None) -> Tensor:
+        """Feed the tokens that are not in the KV yet (the newest generated one, if any); the logits after them all.
+        Where the last of these steps picks a token too, it is noted."""
         if self._fed_badly is not None:
             error, self._fed_badly = self._fed_badly, None
             self._recover(error)
-        for token in self.pending:
+        pending = self.pending
+        for token in pending:
             try:
                 self._computed += 1
-                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
+                if not self._replay(token, sampler, only=len(pending) == 1):
+                    ids = torch.tensor([[token]], device=self.model.device)
+                    self._logits = feed(self.model, self.cache, ids)[:, -1]
             except IntegrityError as error:
                 self._recover(error)
                 break
@@ -337,6 +348,19 @@ class Session:
         ttft_s = self._ttft_s
         self.finish_prefill()
         self._ttft_s = ttft_s
+
+    def _replay(self, token: int, sampler: Sampler | None, *, only: bool) -> bool:
+        """Feed a token by a step of fixed shapes, which a graph replays, if it is the only one and that can be."""
+        if self._capture is None or not only or not StepGraph.possible(self.cache):
+            return False
+        if self._graph is None or self._graph.cache is not self.cache:
+            self._graph = StepGraph(self.model, self.cache, self._capture)
+        stepped = self._graph.step(token, self.cache.get_seq_length(), sampler)
+        if stepped is None:
+            return False
+        self._logits = stepped.logits.clone()
+        self._picked = None if sampler is None else stepped.picked
+        return True
 
     def _bytes_moved(self) -> int:
         layers = self.cache.offloaded

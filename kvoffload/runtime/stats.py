@@ -14,7 +14,7 @@ from kvoffload.attention.layer import LayerCache
 class Stats:
     """Means over decode steps, layers and kv heads; shares are of the mean context length. ``disk_wait_ms`` is the part
     of a step that waited for files, all layers together; ``late_share`` of the slices asked for were not waited for.
-    None where no step was made."""
+    ``graph_steps`` of the steps were replays of a captured graph. None where no step was made."""
 
     prompt_tokens: int
     new_tokens: int
@@ -43,6 +43,7 @@ class Stats:
     max_dropped_mass: float | None = None
     dropped_mass: float | None = None
     dropped_mass_held: float | None = None
+    graph_steps: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,6 +113,7 @@ def collect(
     computed_tokens: int = 0,
     recomputed_pages: int = 0,
     max_dropped_mass: float | None = None,
+    graph_steps: int = 0,
 ) -> Stats:
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
     what was read and written between tiers for a session file."""
@@ -154,6 +156,7 @@ def collect(
         gate_abstain_share=sum(float((c == 0).float().mean()) for c in chosen) / len(chosen) if chosen else None,
         scored_share=scored_share(layers),
         max_dropped_mass=max_dropped_mass,
+        graph_steps=graph_steps,
         dropped_mass=audited.mean if audited else None,
         dropped_mass_held=audited.held if audited else None,
     )

@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from kvoffload.buffers import Room
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
 from kvoffload.values import KeySample, Pages
@@ -43,6 +44,16 @@ class Selector(ABC):
         """Log mass of every page as estimated from the index, fp32 [rows, R, P]; called only when P > 0."""
 
     @property
+    def can_hold(self) -> bool:
+        """Whether ``hold`` may be called now."""
+        return False
+
+    def hold(self, room: Room | None) -> None:
+        """From now on ``score`` gives ``room.n_pages`` scores, -inf where no page is, and reads tensors that stay where
+        they are while pages come into the room; None ends that, as a reset does."""
+        raise NotImplementedError
+
+    @property
     @abstractmethod
     def index_bytes(self) -> int:
         """Bytes of the index, all of them read in each step."""
@@ -63,6 +74,9 @@ class SelectorConfigBase(BaseModel):
 
     has_index: ClassVar[bool] = False
     """Whether the selector built has a token-level index for completions to read."""
+
+    holds: ClassVar[bool] = False
+    """Whether the selector built can be held (``Selector.can_hold``) when a prompt is in."""
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         raise NotImplementedError

@@ -1,12 +1,12 @@
 """``bounds``: per-channel minimum and maximum of each page, an upper bound of its largest logit (Quest,
 arXiv:2406.10774, section 3.2)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import Growing
+from kvoffload.buffers import Growing, Room
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector, SelectorConfigBase
 from kvoffload.values import Pages
@@ -16,6 +16,7 @@ class BoundsSelectorConfig(SelectorConfigBase):
     """Page minima and maxima in the KV's own dtype."""
 
     kind: Literal["bounds"] = "bounds"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         return BoundsSelector(device)
@@ -31,6 +32,7 @@ class BoundsSelector(Selector):
 
     def reset(self, anchor: Tensor) -> None:
         self._low, self._high = Growing(), Growing()
+        self._room: Room | None = None
 
     def absorb(self, pages: Pages) -> None:
         keys = pages.keys.to(self.device)
@@ -41,7 +43,17 @@ class BoundsSelector(Selector):
 
     def score(self, query: Tensor) -> Tensor:
         high, low = self._high.view.float(), self._low.view.float()
-        return query.clamp_min(0) @ high.transpose(-1, -2) + query.clamp_max(0) @ low.transpose(-1, -2)
+        scores = query.clamp_min(0) @ high.transpose(-1, -2) + query.clamp_max(0) @ low.transpose(-1, -2)
+        return scores if self._room is None else self._room.bound(scores)
+
+    @property
+    def can_hold(self) -> bool:
+        return len(self._low) > 0
+
+    def hold(self, room: Room | None) -> None:
+        self._room = room
+        for buffer in (self._low, self._high):
+            buffer.hold(None if room is None else room.n_pages)
 
     @property
     def index_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from kvoffload.buffers import Room
 from kvoffload.index.base import KeyIndex
 from kvoffload.selection.base import Selector
 from kvoffload.values import KeySample, Pages
@@ -26,8 +27,14 @@ class IndexedSelector(Selector):
         self.index.absorb(pages)
 
     def score(self, query: Tensor) -> Tensor:
-        logits = self.index.score(query)
-        return logits.view(*logits.shape[:2], -1, self._page_size).logsumexp(-1)
+        return self.index.score_pages(query, self._page_size)
+
+    @property
+    def can_hold(self) -> bool:
+        return self.index.can_hold
+
+    def hold(self, room: Room | None) -> None:
+        self.index.hold(room)
 
     @property
     def index_bytes(self) -> int:

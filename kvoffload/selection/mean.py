@@ -1,11 +1,11 @@
 """``mean``: the mean key of each page, scored as if all its tokens had it (InfLLM-like block means)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import Growing
+from kvoffload.buffers import Growing, Room
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector, SelectorConfigBase
 from kvoffload.values import Pages
@@ -15,6 +15,7 @@ class MeanSelectorConfig(SelectorConfigBase):
     """Page means in fp32."""
 
     kind: Literal["mean"] = "mean"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         return MeanSelector(device)
@@ -30,6 +31,7 @@ class MeanSelector(Selector):
 
     def reset(self, anchor: Tensor) -> None:
         self._means, self._log_counts = Growing(), Growing()
+        self._room: Room | None = None
 
     def absorb(self, pages: Pages) -> None:
         pages = pages.to(self.device)
@@ -40,7 +42,17 @@ class MeanSelector(Selector):
         self._log_counts.append(counts.log())
 
     def score(self, query: Tensor) -> Tensor:
-        return query @ self._means.view.transpose(-1, -2) + self._log_counts.view[:, None]
+        scores = query @ self._means.view.transpose(-1, -2) + self._log_counts.view[:, None]
+        return scores if self._room is None else self._room.bound(scores)
+
+    @property
+    def can_hold(self) -> bool:
+        return len(self._means) > 0
+
+    def hold(self, room: Room | None) -> None:
+        self._room = room
+        for buffer in (self._means, self._log_counts):
+            buffer.hold(None if room is None else room.n_pages)
 
     @property
     def index_bytes(self) -> int:

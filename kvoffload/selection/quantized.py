@@ -18,6 +18,7 @@ class QuantizedSelectorConfig(SelectorConfigBase):
     bits: Literal[1, 2, 4] = 2
     group: int = Field(64, ge=1)
     has_index: ClassVar[bool] = True
+    holds: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _power_of_two(self) -> "QuantizedSelectorConfig":

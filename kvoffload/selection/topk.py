@@ -27,8 +27,21 @@ def take_best(ranking: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return row_ids[taken], best.indices[taken]
 
 
+def list_sizes(n_slices: int, n_pages: int, n_heads: int, pool: Pool) -> tuple[int, int]:
+    """How many lists the kv heads of a sequence have, and how many of ``n_slices`` slices go to each."""
+    n_lists = 1 if pool == "layer" else n_heads
+    return n_lists, min(n_slices // n_lists, n_pages * n_heads // n_lists)
+
+
 def select_top(
-    scores: Tensor, anchor_lse: Tensor, *, n_sequences: int, n_slices: int, pool: Pool, n_queries: int = 1
+    scores: Tensor,
+    anchor_lse: Tensor,
+    *,
+    n_sequences: int,
+    n_slices: int,
+    pool: Pool,
+    n_queries: int = 1,
+    n_wanted: Tensor | None = None,
 ) -> Selection:
     """The ``n_slices`` slices of each sequence and query with the largest share of the total mass, summed over a
     group's query heads.
@@ -36,16 +49,19 @@ def select_top(
     scores are log masses fp32 [rows * Q, R, P], anchor_lse [rows * Q, R], both in query rows, as are the ids that come
     out. A head's share of a page is e^(score - z) with z over anchors and pages together. With pool "layer" the kv
     heads of a sequence compete for the slices of one query; with "none" each gets its equal part. Fixed output size for
-    fixed arguments; no host round trip.
+    fixed arguments; no host round trip. With ``n_wanted`` int64 [] only so many of each list are wanted.
     """
     n_pages = scores.shape[-1]
     n_heads = scores.shape[0] // (n_sequences * n_queries)
     shares = page_shares(scores, anchor_lse).view(n_sequences, n_heads, n_queries, n_pages)
     query_rows = torch.arange(shares.shape[:3].numel(), device=scores.device).view(n_sequences, n_heads, n_queries)
-    heads = n_heads if pool == "layer" else 1  # kv heads that share one list
-    lists = (n_sequences, n_heads // heads, heads, n_queries)
+    n_lists, k = list_sizes(n_slices, n_pages, n_heads, pool)
+    lists = (n_sequences, n_lists, n_heads // n_lists, n_queries)
     shares = shares.view(*lists, n_pages).transpose(2, 3).flatten(3)
     query_rows = query_rows.view(lists).transpose(2, 3)
-    k = min(n_slices // (n_heads // heads), shares.shape[-1])
-    chosen = shares.topk(k, dim=-1, sorted=False).indices  # [B, lists of a sequence, Q, k]
-    return Selection(query_rows.gather(-1, chosen // n_pages).flatten(), (chosen % n_pages).flatten(), n_queries)
+    chosen = shares.topk(k, dim=-1, sorted=n_wanted is not None).indices  # [B, lists of a sequence, Q, k]
+    row_ids, page_ids = query_rows.gather(-1, chosen // n_pages).flatten(), (chosen % n_pages).flatten()
+    if n_wanted is None:
+        return Selection(row_ids, page_ids, n_queries)
+    wanted = (torch.arange(k, device=scores.device) < n_wanted).expand_as(chosen).flatten()
+    return Selection(row_ids, torch.where(wanted, page_ids, 0), n_queries, wanted)  # page 0 is there, whatever is not

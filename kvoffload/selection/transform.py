@@ -18,6 +18,7 @@ class TransformSelectorConfig(SelectorConfigBase):
     kind: Literal["transform"] = "transform"
     bits: float = 2.25
     has_index: ClassVar[bool] = True
+    holds: ClassVar[bool] = True
 
     @field_validator("bits")
     @classmethod

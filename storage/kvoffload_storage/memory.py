@@ -82,6 +82,15 @@ class MemoryStore(Store):
     def mapped(self, layer: int) -> Tensor | None:
         return self._layers[layer]
 
+    def reserve(self, n_pages: int) -> bool:
+        missing = sum(max(n_pages - len(pages), 0) for pages in self._layers) * self.shape.page_bytes
+        if self._max_bytes is not None and self.allocated_bytes + missing > self._max_bytes:
+            return False
+        for layer, pages in enumerate(self._layers):
+            if len(pages) < n_pages:
+                self._grow(layer, n_pages, n_pages)
+        return True
+
     def flush(self) -> None:
         return
 
@@ -100,6 +109,7 @@ class MemoryStore(Store):
 
     def _grow(self, layer: int, needed: int, wanted: int) -> None:
         """Give a layer room for ``wanted`` pages, or for as many as the cap allows, but ``needed`` at least."""
+        self._settle()
         old = self._layers[layer]
         capacity = max(needed, min(wanted, self._most_pages(layer)))
         total = self.allocated_bytes + (capacity - len(old)) * self.shape.page_bytes

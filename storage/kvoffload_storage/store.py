@@ -127,6 +127,11 @@ class Store(ABC):
         Valid until the next ``append`` to this layer. Who reads through it counts the bytes.
         """
 
+    def reserve(self, n_pages: int) -> bool:
+        """Whether every layer has memory for ``n_pages`` pages now, so that ``mapped`` gives the same until there are
+        more; False, and nothing changes, where there is no such memory."""
+        return False
+
     @abstractmethod
     def flush(self) -> None:
         """Return when everything appended is where the tier keeps it."""

@@ -56,6 +56,9 @@ class WrapperStore(Store):
     def mapped(self, layer: int) -> Tensor | None:
         return self.inner.mapped(layer)
 
+    def reserve(self, n_pages: int) -> bool:
+        return self.inner.reserve(n_pages)
+
     def flush(self) -> None:
         self.inner.flush()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvoffload.buffers import Growing, page_mask, tensor_bytes
+from kvoffload.buffers import Growing, Room, page_mask, tensor_bytes
 
 
 def rows(n, seed=0, dtype=torch.float32):
@@ -65,3 +65,39 @@ def test_a_page_mask_is_true_at_the_given_pairs_only():
 def test_a_page_mask_of_nothing_is_false():
     none = torch.zeros(0, dtype=torch.int64)
     assert not page_mask(none, none, rows=2, n_pages=3).any()
+
+
+def test_wanted_pairs_are_the_only_ones_in_a_mask():
+    ids, rows, wanted = torch.tensor([2, 0, 2]), torch.tensor([0, 1, 1]), torch.tensor([True, False, True])
+    assert page_mask(ids, rows, 3, 4, wanted).nonzero().tolist() == [[0, 2], [1, 2]]
+
+
+def test_a_held_view_has_zeros_behind_what_was_appended():
+    growing = Growing()
+    growing.append(rows(5, 0))
+    growing.truncate(3)
+    growing.hold(9)
+    assert torch.equal(growing.view, torch.cat([rows(5, 0)[:, :3], torch.zeros(2, 6, 3)], 1))
+    assert (len(growing), growing.used_bytes) == (3, 2 * 3 * 3 * 4)
+    growing.hold(None)
+    assert torch.equal(growing.view, rows(5, 0)[:, :3])
+
+
+def test_a_held_view_stays_where_it_is_until_it_is_full():
+    growing = Growing()
+    growing.append(rows(1))
+    growing.hold(20)
+    places = set()
+    for i in range(19):
+        growing.append(rows(1, i))
+        places.add(growing.view.data_ptr())
+        assert growing.view.shape[1] == 20
+        assert torch.equal(growing.view[:, i + 1 : i + 2], rows(1, i))
+    assert len(places) == 1
+
+
+def test_a_room_bounds_scores_to_its_pages():
+    room = Room(4, 8, torch.device("cpu"))
+    room.fill(3)
+    assert room.bound(torch.zeros(2, 4)).tolist() == [[0, 0, 0, -torch.inf]] * 2
+    assert room.n_tokens == 32

@@ -134,3 +134,30 @@ def test_weighing_gives_the_mean_of_the_restored_keys(name, n_pages, hands_on):
         given = index.weigh(logits)
         assert_close(given.lse, logits.logsumexp(-1))
         assert_close(given.output, logits.softmax(-1) @ index.keys(0, index.n_tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("n_pages", [5, 200])
+@pytest.mark.parametrize("name", MAKERS)
+def test_attention_is_over_the_pages_that_are_not_excluded_and_no_padding(name, n_pages, softcap):
+    shape = geometry()
+    pages, query = random_pages(shape, n_pages, padded=True), random_query(shape)
+    index = filled(name, pages)
+    excluded = torch.rand(shape.rows, n_pages, generator=torch.Generator().manual_seed(2)) < 0.4
+    logits = query @ index.keys(0, index.n_tokens).mT
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    gone = excluded.repeat_interleave(4, 1) | ~pages.valid.flatten(1)
+    logits = logits.masked_fill(gone[:, None], -torch.inf)
+    given = index.attend(query, excluded, 4, softcap)
+    assert_close(given.lse, logits.logsumexp(-1), atol=1e-4, rtol=1e-4)
+    assert_close(given.output, logits.softmax(-1) @ index.keys(0, index.n_tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_pages", [5, 200])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_page_scores_the_mass_of_its_tokens(name, n_pages):
+    shape = geometry()
+    pages, query = random_pages(shape, n_pages, padded=True), random_query(shape)
+    index = filled(name, pages)
+    given = index.score_pages(query, 4)
+    assert_close(given, index.logits(query).unflatten(-1, (-1, 4)).logsumexp(-1))

@@ -104,3 +104,16 @@ def test_empty_pages_come_last(pool):
 def test_the_size_of_a_selection_depends_on_the_budget_alone():
     sizes = {len(select_top(*inputs(seed), n_sequences=3, n_slices=7, pool="layer")) for seed in range(10)}
     assert sizes == {21}
+
+
+@pytest.mark.parametrize("n_wanted", [0, 2, 5])
+@pytest.mark.parametrize("pool", ["layer", "none"])
+def test_of_each_list_only_the_best_are_wanted(pool, n_wanted):
+    scores, anchor_lse = inputs()
+    options = {"n_sequences": 3, "pool": pool}
+    n_lists = 1 if pool == "layer" else 2
+    given = select_top(scores, anchor_lse, n_slices=5 * n_lists, n_wanted=torch.tensor(n_wanted), **options)
+    expected = select_top(scores, anchor_lse, n_slices=n_wanted * n_lists, **options)
+    found = zip(given.row_ids[given.wanted].tolist(), given.page_ids[given.wanted].tolist(), strict=True)
+    assert len(given) == 3 * n_lists * 5
+    assert set(found) == pairs(expected)

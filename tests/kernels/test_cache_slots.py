@@ -74,12 +74,34 @@ def test_every_wanted_page_gets_a_slot_of_its_own_and_owns_it(seed):
 
 @pytest.mark.parametrize(("n_slots", "n_keys", "most"), [(8, 20, 8), (7, 7, 3), (150, 300, 40), (1, 3, 1)])
 def test_the_kernel_gives_the_slots_that_the_reference_gives(n_slots, n_keys, most, monkeypatch):
-    """Step by step, with ties in age, empty slots, and chunks smaller than what is wanted."""
+    """Step by step, with ties in age, empty slots, keys that want nothing, and chunks smaller than what is wanted."""
     kernel = pytest.importorskip("kvoffload_kernels.cache_slots.kernel", exc_type=ImportError)
     monkeypatch.setattr(kernel, "_CHUNK", 16)
     expected, given = empty(n_slots), empty(n_slots)
     for now, wanted in enumerate(trace(15, n_keys, most, n_slots), start=1):
+        wanted[::3] = -1
         one = assign_slots(wanted, *expected, torch.tensor(now))
         other = kernel.assign_slots(wanted, *given, torch.tensor(now))
         for a, b in zip([*one, *expected], [*other, *given], strict=True):
             assert torch.equal(a, b)
+
+
+def test_keys_below_zero_want_nothing():
+    with_gaps, without = empty(8), empty(8)
+    for now, wanted in enumerate(trace(100, 30, 8, 0), start=1):
+        gaps = torch.full((2 * len(wanted) + 1,), -1)
+        gaps[1::2] = wanted
+        slots, hit = assign_slots(gaps, *with_gaps, torch.tensor(now))
+        expected = assign_slots(wanted, *without, torch.tensor(now))
+        assert (slots[::2] == 8).all()
+        assert not hit[::2].any()
+        for a, b in zip([slots[1::2], hit[1::2], *with_gaps], [*expected, *without], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_what_stays_does_not_depend_on_the_order_of_what_is_wanted():
+    forward, backward = empty(8), empty(8)
+    for now, wanted in enumerate(trace(100, 30, 8, 1), start=1):
+        assign_slots(wanted, *forward, torch.tensor(now))
+        assign_slots(wanted.flip(0), *backward, torch.tensor(now))
+        assert set(forward[0].tolist()) == set(backward[0].tolist())

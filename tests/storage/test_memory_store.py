@@ -81,3 +81,25 @@ def test_a_full_device_is_a_capacity_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(CapacityError, match="meta: no memory for 3 pages: no more"):
         store.append(0, torch.zeros(3, 2, 48, dtype=torch.uint8))
+
+
+def test_reserved_memory_stays_where_it_is_while_pages_come() -> None:
+    store = MemoryStore(SHAPE)
+    store.append(0, torch.full((3, 2, 48), 7, dtype=torch.uint8))
+    assert store.reserve(40)
+    mapped = store.mapped(0)
+    assert mapped is not None
+    for n in range(3, 40):
+        store.append(0, torch.full((1, 2, 48), n, dtype=torch.uint8))
+    after = store.mapped(0)
+    assert after is not None
+    assert after.data_ptr() == mapped.data_ptr()
+    assert mapped[:3].eq(7).all()
+    assert mapped[39].eq(39).all()
+
+
+def test_a_reserve_beyond_the_cap_is_refused_and_changes_nothing() -> None:
+    store = MemoryStore(SHAPE, capacity_pages=4, max_bytes=7 * 96)
+    assert not store.reserve(8)
+    assert store.allocated_bytes == 4 * 96
+    assert store.reserve(7)

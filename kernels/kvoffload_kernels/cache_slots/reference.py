@@ -1,6 +1,7 @@
 """Least-recently-used slots of a device page cache, in fixed-shape tensor operations without a host round trip."""
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
 from torch import Tensor
 
 
@@ -9,16 +10,21 @@ def assign_slots(wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor)
     last_used [C].
 
     Returns (slots int64 [F], hit bool [F]) and updates owners and last_used in place. Misses take the slots that were
-    used longest ago; a slot hit now is never taken, which needs C >= F.
+    used longest ago, of several that of the smallest key, so that the order of what is wanted does not matter to what
+    stays; a slot hit now is never taken, which needs C >= F. A key below 0 wants nothing: its slot is C, and
+    it changes nothing.
     """
-    order = owners.argsort()
+    n_slots = owners.shape[0]
+    order = owners.argsort(stable=True)
     sorted_owners = owners[order]
-    position = torch.searchsorted(sorted_owners, wanted).clamp_max(owners.shape[0] - 1)
-    hit = sorted_owners[position] == wanted
+    position = torch.searchsorted(sorted_owners, wanted).clamp_max(n_slots - 1)
+    real = wanted >= 0
+    hit = (sorted_owners[position] == wanted) & real
     slots = order[position]
     usage = last_used.scatter_reduce(0, slots, torch.where(hit, now, 0).expand_as(slots), "amax")
-    victims = usage.argsort(stable=True)
-    slots = torch.where(hit, slots, victims[(~hit).cumsum(0).clamp_min(1) - 1])
-    owners[slots] = wanted
-    last_used[slots] = now
+    victims = order[usage[order].argsort(stable=True)]
+    slots = torch.where(hit, slots, victims[(real & ~hit).cumsum(0).clamp_min(1) - 1])
+    slots = torch.where(real, slots, n_slots)
+    owners.copy_(F.pad(owners, (0, 1)).scatter(0, slots, wanted)[:n_slots])
+    last_used.copy_(F.pad(last_used, (0, 1)).scatter(0, slots, now.expand_as(slots))[:n_slots])
     return slots, hit

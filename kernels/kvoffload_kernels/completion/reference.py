@@ -50,6 +50,27 @@ def remove_slices(state: Tensor, sums: Tensor, row_ids: Tensor, segment_ids: Ten
     return state.flatten(0, 1).index_add(0, row_ids * n_segments + segment_ids, sums, alpha=-1).view_as(state)
 
 
+def what_is_left(n_queries: int, segments: SegmentSums, slices: Slices) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of each segment behind the slices of each of a row's Q queries: log mass under the anchor fp32
+    [rows * Q, M] (-inf where nothing is), token counts [rows * Q, M], and weighted mean keys and values beside each
+    other [rows * Q, M, D + Dv]. The sums may leave out keys: then D is 0."""
+    anchor, shift, mass, counts, sums = (
+        t if n_queries == 1 else t.repeat_interleave(n_queries, 0)
+        for t in (segments.anchor, segments.shift, segments.mass, segments.counts, segments.sums.float())
+    )
+    state = torch.cat([mass[..., None], sums, counts[..., None]], -1)
+    left_over = remove_slices(
+        state, _slice_sums(anchor, shift, slices, sums.shape[-1]), slices.row_ids, slices.segment_ids
+    )
+    left_mass, n_left = left_over[..., 0], left_over[..., -1]
+    left = (n_left > 0.5) & (left_mass > EMPTY * mass)
+    known = (left & (left_mass > segments.rounding * mass))[..., None]
+    means = left_over[..., 1:-1] / torch.where(left, left_mass, 1.0)[..., None]
+    means = torch.where(known, means, sums / torch.where(mass > 0, mass, 1.0)[..., None])
+    log_mass = (torch.where(left, left_mass, 1.0).log() + shift[:, None]).masked_fill(~left, -torch.inf)
+    return log_mass, n_left, means
+
+
 def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple[Tensor, Tensor]:
     """Attention to what is left of the segments behind the fetched slices, to first order around the anchor.
 
@@ -57,28 +78,18 @@ def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple
     Q, R]). A segment without a token, or with less than ``EMPTY`` of its mass, is empty; nothing left is (0, -inf).
     """
     n_queries, key_dim = query.shape[0] // segments.anchor.shape[0], query.shape[-1]
-    anchor, shift, mass, counts, sums = (
-        t.repeat_interleave(n_queries, 0)
-        for t in (segments.anchor, segments.shift, segments.mass, segments.counts, segments.sums.float())
-    )
-    state = torch.cat([mass[..., None], sums, counts[..., None]], -1)
-    left_over = remove_slices(state, _slice_sums(anchor, shift, slices), slices.row_ids, slices.segment_ids)
-    left_mass = left_over[..., 0]
-    left = (left_over[..., -1] > 0.5) & (left_mass > EMPTY * mass)
-    known = (left & (left_mass > segments.rounding * mass))[..., None]
-    means = left_over[..., 1:-1] / torch.where(left, left_mass, 1.0)[..., None]
-    means = torch.where(known, means, sums / torch.where(mass > 0, mass, 1.0)[..., None])
-    log_mass = (torch.where(left, left_mass, 1.0).log() + shift[:, None]).masked_fill(~left, -torch.inf)
+    log_mass, _, means = what_is_left(n_queries, segments, slices)
+    anchor = segments.anchor if n_queries == 1 else segments.anchor.repeat_interleave(n_queries, 0)
     logits = (query - anchor[:, None]) @ means[..., :key_dim].mT + log_mass[:, None]
     return weigh(logits, means[..., key_dim:])
 
 
-def _slice_sums(anchor: Tensor, shift: Tensor, slices: Slices) -> Tensor:
-    """What each slice put into its segment, fp32 [F, 1 + D + Dv + 1], its token count last."""
-    rows = slices.row_ids
+def _slice_sums(anchor: Tensor, shift: Tensor, slices: Slices, n_channels: int) -> Tensor:
+    """What each slice put into its segment, fp32 [F, 1 + n_channels + 1], its token count last."""
+    rows, key_dim = slices.row_ids, n_channels - slices.values.shape[-1]
     log_valid = torch.zeros(slices.keys.shape[:2], device=rows.device)
     if slices.valid is not None:
         log_valid = log_valid.masked_fill(~slices.valid, -torch.inf)
     logits = torch.einsum("fd,fsd->fs", anchor[rows], slices.keys.float()) + log_valid
-    sums = tilted_sums(slices.keys, slices.values, logits - shift[rows][:, None])
+    sums = tilted_sums(slices.keys[..., :key_dim], slices.values, logits - shift[rows][:, None])
     return torch.cat([sums, log_valid.exp().sum(-1, keepdim=True)], -1)

@@ -69,9 +69,9 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     tl.store(lse_out + i, log_of(mass) + shift, mask=real)
 
 
-def supported(outputs: Sequence[Tensor]) -> bool:
+def supported(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> bool:
     """Whether ``merge_parts`` takes so many partials, and these."""
-    return 2 <= len(outputs) <= MAX_PARTS and all(output.is_contiguous() for output in outputs)
+    return 2 <= len(outputs) <= MAX_PARTS and all(tensor.is_contiguous() for tensor in (*outputs, *lses))
 
 
 def merge_splits(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

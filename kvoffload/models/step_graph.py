@@ -1,0 +1,127 @@
+"""Decode steps as replays of one captured graph: the model's layers, selection, reads, completion and sampling.
+
+Between two replays the host seals pages, does the upkeep and counts (attention/fixed.py). The first step in a new room
+runs as it is, so that kernels are compiled and memory is taken; the second one is captured, which does not run it, and
+replayed from then on.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvoffload_storage.errors import CapacityError
+from torch import Tensor
+
+from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
+from kvoffload.errors import OutOfRoomError
+from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What a step gave: logits [B, vocabulary] and the tokens picked from them, int64 [B, 1]; valid until the next
+    step."""
+
+    logits: Tensor
+    picked: Tensor
+
+
+Captured = tuple[Stepped, Callable[[], None]]
+"""A step's results, and what computes them anew."""
+
+Capture = Callable[[Callable[[], Stepped], Sequence[torch.Generator]], Captured]
+"""From a step and the generators that it draws from to what can be replayed; the step is not run. Raises RuntimeError
+where that cannot be."""
+
+
+def capture_cuda(call: Callable[[], Stepped], generators: Sequence[torch.Generator]) -> Captured:
+    """A CUDA graph of what the function does on the device."""
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stepped = call()
+    return stepped, graph.replay
+
+
+def capture_of(device: torch.device) -> Capture | None:
+    """How steps are captured on a device; None where they are not."""
+    return capture_cuda if device.type == "cuda" else None
+
+
+class StepGraph:
+    """The decode steps of one cache whose layers have all begun. ``n_replays`` counts those that were replays;
+    ``refusal`` says why none are any more, if the model's steps could not be captured."""
+
+    def __init__(self, model: Any, cache: OffloadCache, capture: Capture, *, room_tokens: int = ROOM_TOKENS) -> None:
+        self._model, self.cache, self._capture = model, cache, capture
+        self._steps = FixedSteps(cache.offloaded, room_tokens=room_tokens)
+        shape = (cache.offloaded[0].geometry.n_sequences, 1)
+        self._ids, self._positions = (torch.zeros(shape, dtype=torch.int64, device=model.device) for _ in range(2))
+        self._key: tuple[int, Sampler | None] | None = None  # what the newest step ran for
+        self._captured: Captured | None = None
+        self.n_replays, self.refusal = 0, ""
+
+    @staticmethod
+    def possible(cache: OffloadCache) -> bool:
+        """Whether there may be steps of fixed shapes: all layers are ours, and nothing is computed anew."""
+        return len(cache.offloaded) == len(cache.layers) and not cache.anew.is_wanted
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor | int, position: Tensor | int, sampler: Sampler | None = None) -> Stepped | None:
+        """Decode int64 [B, 1] (or one id for all) at these positions, and pick what comes next, the likeliest without a
+        sampler. None, and nothing was done, where the step cannot have fixed shapes."""
+        if self.refusal or not self._advance():
+            return None
+        for buffer, new in ((self._ids, ids), (self._positions, position)):
+            buffer.copy_(new) if isinstance(new, Tensor) else buffer.fill_(new)
+        stepped = self._run(None if sampler is None or sampler.greedy else sampler)
+        self._steps.finish()
+        for layer in self.cache.layers:
+            if isinstance(layer, OffloadLayer) and layer.kv is not None:
+                layer.n_seen = layer.kv.n_tokens
+        return stepped
+
+    def _advance(self) -> bool:
+        try:
+            return self._steps.advance()
+        except CapacityError as error:
+            raise OutOfRoomError(str(error)) from error
+
+    def _run(self, sampler: Sampler | None) -> Stepped:
+        key = (self._steps.version, sampler)
+        if key != self._key:
+            self._key, self._captured = key, None
+            return self._forward(sampler)
+        if self._captured is None:
+            try:
+                generators = () if sampler is None else sampler.generators
+                self._captured = self._capture(lambda: self._forward(sampler), generators)
+            except RuntimeError as error:
+                self.refusal = next(iter(str(error).splitlines()), type(error).__name__)
+                return self._forward(sampler)
+        stepped, replay = self._captured
+        replay()
+        self.n_replays += 1
+        return stepped
+
+    def _forward(self, sampler: Sampler | None) -> Stepped:
+        """The device's part of a step."""
+        options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        with _fixed(self.cache):
+            output = self._model(self._ids, position_ids=self._positions, **options)
+        logits: Tensor = output.logits[:, -1]
+        return Stepped(logits, logits.argmax(-1, keepdim=True) if sampler is None else sampler.pick(logits))
+
+
+@contextmanager
+def _fixed(cache: OffloadCache) -> Iterator[None]:
+    """Inside this block a forward of one token is the device's part of a step of fixed shapes."""
+    cache.fixed = True
+    try:
+        yield
+    finally:
+        cache.fixed = False

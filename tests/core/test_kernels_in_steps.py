@@ -1,0 +1,43 @@
+"""Whole steps of a layer through the Triton kernels (in their interpreter) and through the references."""
+
+import pytest
+import torch
+from kvoffload_kernels import dispatch
+from layers import geometry, new_layer, step, take_in, tokens
+from torch.testing import assert_close
+
+from kvoffload.index.transform import FIT_TOKENS
+
+pytest.importorskip("triton")
+N_STEPS = 3
+SIZES = {"page_size": 8, "sinks": 8, "recent": 16, "budget": "15%"}
+
+
+def steps_of(settings, n_prompt, padding):
+    shape = geometry(key_dim=16, page_size=8)
+    query, keys, values = tokens(shape, n_prompt + N_STEPS)
+    layer = new_layer(shape, **(SIZES | settings))
+    take_in(layer, query[:, :, :n_prompt], keys[:, :n_prompt], values[:, :n_prompt], padding)
+    return torch.cat(
+        [step(layer, query, keys, values, slice(i, i + 1)) for i in range(n_prompt, n_prompt + N_STEPS)], 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("selector", "completion", "gpu_cache", "padding"),
+    [
+        ("transform", "regression", "off", None),
+        ("transform", "sketch", "64KiB", torch.tensor([0, 21])),
+        ("quantized:group=16", "regression", "64KiB", torch.tensor([0, 21])),
+        ("quantized:group=16", "anchored:segments=5", "off", None),
+        ("bounds", "none", "64KiB", None),
+    ],
+)
+def test_a_step_through_the_kernels_is_one_through_the_references(
+    selector, completion, gpu_cache, padding, monkeypatch
+):
+    n_prompt = FIT_TOKENS + 60 if selector == "transform" else 110
+    settings = {"selector": selector, "completion": completion, "gpu_cache": gpu_cache}
+    expected = steps_of(settings, n_prompt, padding)
+    monkeypatch.setattr(dispatch, "_verified", lambda folder, tensor: True)
+    assert_close(steps_of(settings, n_prompt, padding), expected, atol=1e-3, rtol=1e-3)

@@ -1,0 +1,135 @@
+"""Sessions whose decode steps are replays of a captured graph, with a recorder in the place of CUDA."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kvoffload.config import SamplingConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from recorded import record
+
+N_PROMPT = 150
+INDEXED = {"selector": "quantized:group=16"}
+
+
+@pytest.fixture(autouse=True)
+def _no_token_is_zero(loaded):
+    """A query of zeros, such as the padding token's, finds all pages equal: which are read is chance then."""
+    embedding = loaded.model.get_input_embeddings().weight.data
+    kept = embedding[256].clone()
+    embedding[256] = -embedding[0]
+    yield
+    embedding[256] = kept
+
+
+@pytest.fixture
+def pair(open_session, ids):
+    """Two sessions with one prompt; the steps of the first are replayed."""
+
+    def build(n_prompt=N_PROMPT, **fields):
+        sessions = [open_session(**(INDEXED | fields)) for _ in range(2)]
+        if fields.get("cuda_graph") != "off":
+            sessions[0]._capture = record
+        for session in sessions:
+            session.prefill(ids(n_prompt))
+        return sessions
+
+    return build
+
+
+def generated(session, n=20, **fields):
+    before = len(session.token_ids)
+    session.generate(SamplingConfig(max_new_tokens=n, **fields))
+    return session.token_ids[before:]
+
+
+SAMPLINGS = [
+    {},
+    {"temperature": 1.5, "seed": 3},
+    {"temperature": 1.2, "top_p": 0.8, "seed": 3},
+    {"temperature": 2.0, "top_k": 9, "seed": 4},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_generation_by_replays_gives_the_same_tokens(pair, sampling):
+    replayed, plain = pair()
+    for _ in range(2):  # and goes on
+        assert generated(replayed, **sampling) == generated(plain, **sampling)
+    assert replayed.stats().graph_steps > 20
+    assert plain.stats().graph_steps == 0
+
+
+def test_a_step_by_a_replay_gives_the_same_logits(pair, ids):
+    replayed, plain = pair()
+    for token in ids(12, 1):
+        assert_close(replayed.step(token), plain.step(token), atol=1e-4, rtol=1e-4)
+    assert replayed.stats().graph_steps == 11
+
+
+def test_counts_are_the_same(pair):
+    replayed, plain = pair(gpu_cache="64KiB")
+    assert generated(replayed) == generated(plain)
+    given, expected = replayed.stats().as_dict(), plain.stats().as_dict()
+    for name in ("ttft_s", "tpot_ms", "graph_steps", "resident_bytes", "completion_mass"):
+        given.pop(name), expected.pop(name)
+    assert given == expected
+
+
+def test_anything_may_happen_between_replays(pair, ids):
+    """Another prompt, a crop, a copy: a replay sees what it left."""
+    replayed, plain = pair()
+    for session in (replayed, plain):
+        generated(session, 10)
+        session.prefill(ids(30, 2))
+        generated(session, 10)
+        session.crop(3)
+        session.step(7)
+    assert generated(replayed) == generated(plain)
+    assert replayed.token_ids == plain.token_ids
+
+
+def test_a_saved_session_goes_on_as_the_replayed_one_would(pair, tmp_path, loaded):
+    from kvoffload.runtime.engine import Runtime
+
+    replayed, plain = pair()
+    for session in (replayed, plain):
+        generated(session, 10)
+    replayed.save(tmp_path / "s.kvo")
+    with Runtime(loaded, replayed.config).restore(tmp_path / "s.kvo") as restored:
+        assert generated(restored) == generated(plain)
+    assert generated(replayed) == plain.token_ids[-20:]
+
+
+def test_logits_that_were_given_out_stay_as_they_are(pair):
+    replayed, _ = pair()
+    generated(replayed, 5)
+    first = replayed.step(3)
+    kept = first.clone()
+    replayed.step(4)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"cuda_graph": "off"}, {"offload": "nvme"}, {"policy": "retro"}, {"index": "cpu"}], ids=str
+)
+def test_where_steps_cannot_be_replayed_they_are_ordinary(pair, fields):
+    replayed, plain = pair(**fields)
+    assert generated(replayed) == generated(plain)
+    assert replayed.stats().graph_steps == 0
+
+
+def test_what_cannot_be_captured_is_run_as_it_is(pair):
+    replayed, plain = pair()
+
+    def refuse(call, generators):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    replayed._capture = refuse
+    assert generated(replayed) == generated(plain)
+    assert replayed.stats().graph_steps == 0
+    assert replayed._graph.refusal == "operation not permitted when stream is capturing"
