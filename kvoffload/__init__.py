@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvoffload.runtime.events import Progress, StreamEvent
     from kvoffload.runtime.session import Session
     from kvoffload.runtime.stats import Stats
+    from kvoffload.runtime.stock import generate
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOME = {
     "Session": "kvoffload.runtime.session",
     "Stats": "kvoffload.runtime.stats",
     "StreamEvent": "kvoffload.runtime.events",
+    "generate": "kvoffload.runtime.stock",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Stats",
     "StreamEvent",
     "__version__",
+    "generate",
 ]
 
 

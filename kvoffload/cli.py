@@ -17,6 +17,8 @@ from kvoffload.calibration import flags as calibration_flags
 from kvoffload.errors import KvoffloadError
 from kvoffload.evaluation import flags as sweep_flags
 from kvoffload.flags import flag
+from kvoffload.harness import flags as harness_flags
+from kvoffload.models.parallel import check_alone, find_ranks
 from kvoffload.server import flags as server_flags
 
 _STORAGE_CODES = {"CapacityError": 3, "IntegrityError": 4}
@@ -44,6 +46,8 @@ def _root(ctx: typer.Context, version: Annotated[bool, flag("--version", help="P
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
         raise typer.Exit(2)
+    if ctx.invoked_subcommand not in ("generate", "env"):
+        check_alone(f"kvoffload {ctx.invoked_subcommand}")
 
 
 @app.command()
@@ -63,6 +67,7 @@ def generate(
     gate_recheck: flags.GateRecheck = None, reanchor: flags.Reanchor = None, pool: flags.Pool = None,
     layer_budgets: flags.LayerBudgets = None, sinks: flags.Sinks = None, recent: flags.Recent = None,
     page_size: flags.PageSize = None, index: flags.Index = None, gpu_cache: flags.GpuCache = None,
+    pp_size: flags.PpSize = None,
     prefill_chunk: flags.PrefillChunk = None, io_engine: flags.IoEngine = None, direct: flags.Direct = None,
     prompt: flags.Prompt = None, prompt_file: flags.PromptFile = None, system: flags.System = None,
     chat_template: flags.ChatTemplate = None, strict_context: flags.StrictContext = None,
@@ -158,14 +163,20 @@ def sweep(
     pools: sweep_flags.Pools = None, methods: sweep_flags.Methods = None,
     baseline: sweep_flags.Baseline = None, settings: sweep_flags.Set = None, offload: flags.Offload = None,
     page_size: flags.PageSize = None, sinks: flags.Sinks = None, recent: flags.Recent = None, dtype: flags.Dtype = None,
-    device: flags.Device = None, shard: sweep_flags.Shard = None, plots: sweep_flags.Plots = None,
+    device: flags.Device = None, shard: sweep_flags.Shard = None, ray: sweep_flags.Ray = False,
+    parts: sweep_flags.Parts = None, plots: sweep_flags.Plots = None,
     out: sweep_flags.Out = None, config: sweep_flags.SweepConfig = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
     """Compare methods on one model and task: quality against what is read, from the real runtime."""
+    own = ("settings", "config", "json", "ray", "parts")
+    given = {**{name: value for name, value in ctx.params.items() if name not in own}, "set": settings}
+    if ray:
+        from kvoffload.evaluation.cluster import run_on_ray
+
+        raise typer.Exit(run_on_ray(given, config, sys.stdout, _console(), parts=parts, as_json=json))
     from kvoffload.evaluation.command import run_sweep
 
-    given = {name: value for name, value in ctx.params.items() if name not in ("settings", "config", "json")}
-    raise typer.Exit(run_sweep({**given, "set": settings}, config, sys.stdout, _console(), as_json=json))
+    raise typer.Exit(run_sweep(given, config, sys.stdout, _console(), as_json=json))
 
 
 @app.command()
@@ -193,6 +204,32 @@ def serve(
 
     given = {name: value for name, value in ctx.params.items() if name != "config" and value is not None}
     raise typer.Exit(run_serve(given, config, _console()))
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    tasks: harness_flags.Tasks = None, include: harness_flags.Include = None, limit: harness_flags.Limit = None,
+    fewshot: harness_flags.Fewshot = None, contexts: harness_flags.Contexts = None,
+    batch_size: harness_flags.BatchSize = None, max_length: harness_flags.MaxLength = None,
+    apply_chat_template: harness_flags.ApplyChatTemplate = None, out: harness_flags.Out = None,
+    model: flags.Model = None, revision: flags.Revision = None, trust_remote_code: flags.TrustRemoteCode = None,
+    dtype: flags.Dtype = None, device: flags.Device = None, offload: flags.Offload = None,
+    nvme_dir: flags.NvmeDir = None, nvme_max: flags.NvmeMax = None, cpu_max: flags.CpuMax = None,
+    budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,
+    policy: flags.Policy = None, max_dropped_mass: flags.MaxDroppedMass = None, gate: flags.Gate = None,
+    pool: flags.Pool = None, layer_budgets: flags.LayerBudgets = None, sinks: flags.Sinks = None,
+    recent: flags.Recent = None, page_size: flags.PageSize = None, index: flags.Index = None,
+    prefill_chunk: flags.PrefillChunk = None, self_test: flags.SelfTest = None,
+    config: flags.Config = None, json: flags.Json = False, quiet: flags.Quiet = None,
+) -> None:  # fmt: skip
+    """Run tasks of lm-evaluation-harness on a model under the runtime."""
+    from kvoffload.harness.command import run_eval
+
+    given = {n: value for n, value in ctx.params.items() if n not in ("config", "json") and value not in (None, [], ())}
+    if json:
+        given["output"] = "json"
+    raise typer.Exit(run_eval(given, config, sys.stdout, _console()))
 
 
 @app.command()
@@ -261,7 +298,8 @@ def _console() -> Any:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    rank = find_ranks().rank
+    print(f"error (rank {rank}): " if rank else "error: ", " ".join(message.split()), sep="", file=sys.stderr)
     return exit_code
 
 

@@ -162,6 +162,7 @@ class RuntimeConfig(BaseModel):
     verify: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    pp_size: int = Field(default=1, ge=1)
     self_test: bool = True
     strict_context: bool = False
     cuda_graph: Literal["auto", "off"] = "auto"

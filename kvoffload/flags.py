@@ -156,6 +156,11 @@ Seed = Annotated[int | None, flag("--seed", help="Seed of the sampling.", defaul
 Stop = Annotated[list[str] | None, flag("--stop", help="Stop at this text; may be repeated.")]
 NumBeams = Annotated[int | None, flag("--num-beams", help="Only 1 is supported.", default="1")]
 
+PpSize = Annotated[
+    int | None,
+    flag("--pp-size", help="Under torchrun: 1 shares the heads of every layer out over the processes, their number "
+         "shares out the layers.", default="1"),
+]  # fmt: skip
 SelfTest = Annotated[
     bool | None,
     flag("--self-test/--no-self-test", help="Compare the loaded model with its own attention first.", default="on"),

@@ -13,7 +13,7 @@ from kvoffload.evaluation.spec import SweepSpec
 DENSE = "dense"
 _MEANINGLESS = frozenset(
     {"nvme_dir", "nvme_max", "prefill_chunk", "io_engine", "direct", "device", "self_test",
-     "strict_context", "dtype"}
+     "strict_context", "dtype", "pp_size"}
 )  # fmt: skip
 """Fields that change where and how fast a cell runs, not what it gives."""
 

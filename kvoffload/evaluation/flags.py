@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from kvoffload.flags import flag
 
 Task = Annotated[
@@ -50,6 +52,13 @@ Set = Annotated[
 ]
 Shard = Annotated[
     str | None, flag("--shard", help="Do part i of n of the work (i/n), beside other processes on one --out.")
+]
+Ray = Annotated[
+    bool,
+    flag("--ray", help="Spread all parts over the Ray cluster of RAY_ADDRESS, or this machine; all nodes see --out."),
+]
+Parts = Annotated[
+    int | None, typer.Option("--parts", min=1, show_default="one a GPU", help="Parts of the work with --ray.")
 ]
 Plots = Annotated[bool | None, flag("--plots/--no-plots", help="Draw pictures.", default="on")]
 Out = Annotated[

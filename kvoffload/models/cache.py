@@ -30,6 +30,8 @@ from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
 from kvoffload.models.freeze import SharedKv
 from kvoffload.models.padding import note_padding
+from kvoffload.models.refusals import OneSequenceARow
+from kvoffload.models.stages import keep_stage
 from kvoffload.models.tagged import AttendingLayer
 from kvoffload.policies.base import Depth, Freezing
 from kvoffload.units import Budget
@@ -134,14 +136,17 @@ def _as_heads(kv: LayerCache, step: Partial) -> Partial:
     return Partial(*(t.unflatten(0, (kv.geometry.rows, -1)).transpose(1, 2) for t in (step.output, step.lse)))
 
 
-class OffloadCache(DynamicCache):
+class OffloadCache(OneSequenceARow, DynamicCache):
     """A DynamicCache whose full-attention layers keep their KV in the configured tier.
 
     Pass it to ``generate(past_key_values=cache)`` of a model whose attention implementation is ours, and close it (or
     use it in a ``with`` block): files and pinned memory are given back then. One thread at a time.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, config: RuntimeConfig, *, expected_tokens: int = 0) -> None:
+    def __init__(
+        self, model_config: PreTrainedConfig, config: RuntimeConfig, *, expected_tokens: int = 0,
+        owned: range | None = None,
+    ) -> None:  # fmt: skip
         check_loaded(config.calibrations, model_config)
         super().__init__(config=model_config)
         if not self.layers:
@@ -153,6 +158,7 @@ class OffloadCache(DynamicCache):
             raise UnsupportedModelError(
                 f"no layer of this {model_config.model_type} model has KV that grows with the context"
             )
+        unbounded = keep_stage(self.layers, unbounded, owned, model_config.model_type)
         for place, i in enumerate(unbounded):
             self.layers[i] = OffloadLayer(self, i, place)
         self.n_offloaded = len(unbounded)
@@ -321,9 +327,6 @@ class OffloadCache(DynamicCache):
             if not isinstance(mine, OffloadLayer) or len(ours) < len(theirs):
                 raise UsageError("a prefill with sliding-window or linear layers cannot be copied")
             mine.copy_prefill(ours)
-
-    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
-        raise UsageError("num_beams > 1 is not supported: sealed pages are never copied or reordered")
 
     def close(self) -> None:
         """Give back memory, files and threads; a second call does nothing."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
 from kvoffload.models import demo
+from kvoffload.models.parallel import ALONE, Ranks
 from kvoffload.models.progress import LoadProgress, OnProgress, gguf_progress, ignore, quiet_transformers
 from kvoffload.models.shapes import SHAPES, byte_tokenizer, shape_config, shape_model
 
@@ -53,6 +54,7 @@ class LoadedModel:
     tokenizer: "PreTrainedTokenizerBase"
     name: str
     config: "PreTrainedConfig"
+    ranks: Ranks = ALONE
 
 
 def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
@@ -106,19 +108,25 @@ def load_model(
     device: "torch.device | str",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     on_progress: OnProgress = ignore,
+    ranks: Ranks = ALONE,
 ) -> LoadedModel:
-    """Load weights and tokenizer (unless it is given) with the library's default attention; names may be ``auto``."""
-    device = pick_device(str(device))
+    """Load weights and tokenizer (unless it is given) with the library's default attention; names may be ``auto``.
+    Of several ranks each loads its part."""
+    device = ranks.device(str(device)) if ranks.several else pick_device(str(device))
     tokenizer = tokenizer or load_tokenizer(source, on_progress)
     config = load_config(source)
+    ranks.check_model(config)
+    ranks = ranks.joined()
     dtype = pick_dtype(dtype, config, device)
     if source.kind == "shape":
         with _refusals(source.name):
             model = shape_model(config, dtype=dtype, device=device)
+            model = ranks.split(model) if ranks.several else model
     else:
-        model = _pretrained(localize(source, on_progress), dtype, device, on_progress)
+        placement = ranks.loading() if ranks.several else {"device_map": {"": device}} if device.type != "cpu" else {}
+        model = _pretrained(localize(source, on_progress), dtype, placement, on_progress)
     model.config.name_or_path = str(source.path or source.name)
-    return LoadedModel(model, tokenizer, source.name, model.config)
+    return LoadedModel(model, tokenizer, source.name, model.config, ranks)
 
 
 def localize(source: ModelSource, on_progress: OnProgress = ignore) -> ModelSource:
@@ -164,7 +172,7 @@ def pick_dtype(name: "torch.dtype | str", config: "PreTrainedConfig", device: "t
 
 
 def _pretrained(
-    source: ModelSource, dtype: "torch.dtype", device: "torch.device", on_progress: OnProgress
+    source: ModelSource, dtype: "torch.dtype", placement: dict[str, Any], on_progress: OnProgress
 ) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
@@ -172,7 +180,6 @@ def _pretrained(
     step = f"loading {source.name}"
     on_progress(LoadProgress(step))
     location, options = source.arguments()
-    placement = {} if device.type == "cpu" else {"device_map": {"": device}}
     with _loading(source), gguf_progress(step, on_progress):
         loaded = auto.from_pretrained(location, dtype=dtype, output_loading_info=True, **placement, **options)
     model: PreTrainedModel = loaded[0].eval()

@@ -13,6 +13,7 @@ from kvoffload.models.batch import Fed, can_batch, feed_together
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.hf import NAME, register
+from kvoffload.models.parallel import stage_layers
 from kvoffload.units import Budget
 
 _N_TOKENS, _N_STEPS = 64, 4
@@ -52,7 +53,7 @@ def check_parity(model: Any, config: RuntimeConfig) -> float:
 
 
 def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
-    with OffloadCache(model.config, _small(config)) as cache:
+    with OffloadCache(model.config, _small(config), owned=stage_layers(model)) as cache:
         prompt = ids[:, : _N_TOKENS - _N_STEPS]
         try:
             logits = [model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]]

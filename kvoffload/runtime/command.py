@@ -5,6 +5,7 @@ Everything that can be refused is refused before any weights load: names, the pr
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,11 +27,13 @@ from kvoffload.models.catalog import (
     weight_bytes,
 )
 from kvoffload.models.fingerprint import check_calibrations
+from kvoffload.models.parallel import ALONE, Ranks, find_ranks
 from kvoffload.runtime.doctor import inspect
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.limits import find_limits
 from kvoffload.runtime.plan import Plan, make_plan
 from kvoffload.runtime.prompt import prompt_ids, prompt_text
+from kvoffload.runtime.ranks import rank_config, refuse_files
 from kvoffload.runtime.session import Session
 from kvoffload.runtime.session_choice import FoundSession, find_session, has_session, open_session
 from kvoffload.runtime.terminal import ProgressView, plan_title, statistics_line, write_json, write_table
@@ -49,13 +52,18 @@ class Job:
     plan: Plan
     device: torch.device
     dtype: torch.dtype
+    ranks: Ranks
 
 
 def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
-    """Generate: text streams to ``out``, or one JSON object is its only line; progress goes to the console."""
+    """Generate: text streams to ``out``, or one JSON object is its only line; progress goes to the console. Of several
+    ranks only the first is heard."""
+    ranks = find_ranks(settings.pp_size)
+    if ranks.rank:
+        out, console = StringIO(), Console(file=StringIO())
     view = ProgressView(console, quiet=settings.quiet)
     with view.showing():
-        job = accept(settings, view)
+        job = accept(settings, view, ranks)
         runtime = Runtime(_load(job, view), settings.runtime())
     with open_session(runtime, settings, expected_tokens=job.plan.context) as session:
         with view.showing():
@@ -67,7 +75,8 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
         text = _stream(session, settings, out)
         if session.autosave is not None:
             session.save(session.autosave)
-        stats = session.stats()
+        stats = session.all_stats()
+        session.ranks.leave()
     if stats.recomputed_pages:
         view.warn(f"{stats.recomputed_pages:,} damaged pages were dropped and computed again from their tokens")
     view.say(statistics_line(stats))
@@ -89,7 +98,7 @@ def run_plan(settings: Settings, context: str | None, batch: int, out: TextIO) -
     device = torch.device(
         "cuda" if settings.device == "auto" and torch.cuda.is_available() else _plain(settings.device)
     )
-    plan = _plan(settings, source, model_config, device, n_tokens, batch)
+    plan = _plan(settings, source, model_config, device, n_tokens, batch, ALONE)
     if settings.output == "json":
         write_json(out, {"model": source.name, **plan.as_dict()})
     else:
@@ -119,21 +128,26 @@ def show_config(settings: Settings, out: TextIO) -> int:
     return 0
 
 
-def check_machine(settings: Settings) -> tuple[ModelSource, torch.device]:
+def check_machine(settings: Settings, ranks: Ranks = ALONE) -> tuple[ModelSource, torch.device]:
     """The model and the device, after everything that can be checked without weights and prompt."""
-    source, device = _source(settings), pick_device(settings.device)
+    source = _source(settings)
+    device = ranks.device(settings.device) if ranks.several else pick_device(settings.device)
     if settings.offload == "nvme" and (reason := available_engines()[settings.io_engine]):
         raise UsageError(f"io_engine: {settings.io_engine!r} cannot be used here: {reason}")
-    _plan(settings, source, load_config(source), device, 1 + settings.max_new_tokens, 1).check()
+    model_config = load_config(source)
+    ranks.check_model(model_config)
+    _plan(settings, source, model_config, device, 1 + settings.max_new_tokens, 1, ranks).check()
     check_calibrations(settings.calibrations, source)
     return source, device
 
 
-def accept(settings: Settings, view: ProgressView) -> Job:
+def accept(settings: Settings, view: ProgressView, ranks: Ranks = ALONE) -> Job:
     """Check everything that can be checked without weights; raises UsageError or OutOfRoomError."""
     _source(settings)
+    if settings.session is not None:
+        refuse_files(ranks)
     text = prompt_text(settings, optional=has_session(settings))
-    source, device = check_machine(settings)
+    source, device = check_machine(settings, ranks)
     model_config = load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
     found = find_session(settings, source, model_config, dtype, view)
@@ -141,9 +155,10 @@ def accept(settings: Settings, view: ProgressView) -> Job:
     prompt = prompt_ids(text, settings, tokenizer) if found is None else found.prompt(text, settings, tokenizer)
     n_before = 0 if found is None else len(found.token_ids)
     check_context(n_before + len(prompt), max_context(model_config), settings, view)
-    plan = _plan(settings, source, model_config, device, n_before + len(prompt) + settings.max_new_tokens, 1)
+    n_tokens = n_before + len(prompt) + settings.max_new_tokens
+    plan = _plan(settings, source, model_config, device, n_tokens, 1, ranks)
     plan.check()
-    return Job(source, tokenizer, prompt, found, plan, device, dtype)
+    return Job(source, tokenizer, prompt, found, plan, device, dtype, ranks)
 
 
 def _source(settings: Settings) -> ModelSource:
@@ -153,18 +168,20 @@ def _source(settings: Settings) -> ModelSource:
 
 
 def _plan(
-    settings: Settings, source: ModelSource, model_config: Any, device: torch.device, context: int, batch: int
-) -> Plan:
+    settings: Settings, source: ModelSource, model_config: Any, device: torch.device, context: int, batch: int,
+    ranks: Ranks,
+) -> Plan:  # fmt: skip
     dtype = pick_dtype(settings.dtype, model_config, device)
     return make_plan(
         model_config,
-        settings.runtime(),
+        rank_config(settings.runtime(), ranks),
         context,
         batch,
         dtype=dtype,
         device=device,
         limits=find_limits(device, settings.nvme_dir, with_disk=settings.offload == "nvme"),
         weight_bytes=weight_bytes(model_config, dtype, trust_remote_code=source.trust_remote_code),
+        ranks=ranks,
     )
 
 
@@ -184,7 +201,9 @@ def check_context(n_prompt: int, limit: int, settings: Settings, view: ProgressV
 
 
 def _load(job: Job, view: ProgressView) -> LoadedModel:
-    return load_model(job.source, dtype=job.dtype, device=job.device, tokenizer=job.tokenizer, on_progress=view.load)
+    device = "auto" if job.ranks.several else job.device
+    options: dict[str, Any] = {"tokenizer": job.tokenizer, "on_progress": view.load, "ranks": job.ranks}
+    return load_model(job.source, dtype=job.dtype, device=device, **options)
 
 
 def _stream(session: Session, settings: Settings, out: TextIO) -> str:

@@ -14,10 +14,12 @@ from kvoffload.models.batch_graph import BatchSteps
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
+from kvoffload.models.parallel import ALONE, Ranks, find_ranks, stage_layers
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
 from kvoffload.models.step_graph import capture_of
 from kvoffload.runtime.events import StreamEvent
+from kvoffload.runtime.ranks import rank_config, refuse_files, with_rank_budget
 from kvoffload.runtime.saving import (
     SavedAs,
     fill_session,
@@ -33,7 +35,8 @@ from kvoffload.units import Budget
 T = TypeVar("T")
 
 
-def _settings(fields: dict[str, Any]) -> RuntimeConfig:
+def checked(fields: dict[str, Any]) -> RuntimeConfig:
+    """A configuration from its fields; raises UsageError in one line."""
     try:
         return RuntimeConfig(**fields)
     except ValidationError as error:
@@ -51,35 +54,41 @@ class Runtime:
         self.config = config or RuntimeConfig()
         self.loaded = loaded
         if loaded is not None:
+            self.config = rank_config(self.config, loaded.ranks)
             self._take_over(loaded.model)
 
     @classmethod
     def from_pretrained(cls, model: str, *, on_progress: OnProgress = ignore, **config: Any) -> Self:
         """``model`` is a built-in name, a Hugging Face folder or hub name, or a .gguf file; ``config`` are the fields
         of RuntimeConfig. ``on_progress`` hears of downloads and conversions. Raises UsageError for what it cannot
-        accept, before any weights load."""
-        settings = _settings(config)
-        source = resolve(model)
+        accept, before any weights load. Under torchrun all processes make the same calls, and each has its part of the
+        model and of the KV."""
+        settings = checked(config)
+        ranks, source = find_ranks(settings.pp_size), resolve(model)
+        rank_config(settings, ranks)
         check_calibrations(settings.calibrations, source)
-        loaded = load_model(source, dtype=settings.dtype, device=settings.device, on_progress=on_progress)
-        return cls(loaded, settings)
+        options: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "on_progress": on_progress}
+        return cls(load_model(source, ranks=ranks, **options), settings)
 
     def session(self, *, expected_tokens: int = 0, budget: str | int | Budget | None = None) -> Session:
         """A new, empty sequence; ``expected_tokens`` sizes its storage at once instead of by growth, ``budget`` stands
         in for the configuration's."""
-        config = self.config if budget is None else self.config.with_budget(budget)
+        config = self.config if budget is None else with_rank_budget(self.config, budget, self._ranks)
         return self._session(config, expected_tokens)
 
     def _session(self, config: RuntimeConfig, expected_tokens: int) -> Session:
         if self.loaded is None:
             raise UsageError("this Runtime has no model of its own: use attach(), or Runtime.from_pretrained()")
-        return Session(self.loaded.model, self.loaded.tokenizer, config, expected_tokens=expected_tokens)
+        loaded = self.loaded
+        return Session(loaded.model, loaded.tokenizer, config, expected_tokens=expected_tokens, ranks=loaded.ranks)
 
     @cached_property
     def shares_forwards(self) -> bool:
         """Whether one forward can decode several sessions; tried once. False for models with sliding windows or linear
-        layers and for policies that compute tokens anew."""
-        return self.loaded is not None and shares_forwards(self.loaded.model, self.config)
+        layers, for policies that compute tokens anew and for several ranks."""
+        if self.loaded is None or self._ranks.several:  # what fails on one rank alone would leave the others waiting
+            return False
+        return shares_forwards(self.loaded.model, self.config)
 
     def feed_ahead(self, sessions: Sequence[Session]) -> None:
         """Feed the newest token of every session that has one in a single forward, where that can be done; their next
@@ -126,6 +135,7 @@ class Runtime:
         """The session at ``path``, for writing: no other process can write to it before ``close``. It is restored, or
         made at its first save. Prefills save it after every chunk, so that a killed one goes on from there."""
         path, config = Path(path), self.config
+        refuse_files(self._ranks)
         if config.nvme_dir is None:  # on the session's file system, where its files can be linked to
             config = config.model_copy(update={"nvme_dir": path.absolute().parent})
         if not path.exists():
@@ -149,12 +159,17 @@ class Runtime:
         The model's attention implementation is switched to ours (its results with other caches stay the same). One
         cache serves one batch of sequences; close it afterwards. num_beams > 1 is refused.
         """
-        cache = OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens)
+        owned = stage_layers(hf_model)
+        cache = OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens, owned=owned)
         if cache.anew.is_wanted or cache.freezing is not None:
             kinds = "+".join(config.kind for config in self.config.policy)
             raise UsageError(f"policy: {kinds!r} computes tokens anew, which the stock generate cannot: use a session")
         self._take_over(hf_model)
         return cache
+
+    @property
+    def _ranks(self) -> Ranks:
+        return self.loaded.ranks if self.loaded else ALONE
 
     def _take_over(self, model: Any) -> None:
         if getattr(model, "_kvoffload_checked", False) or not self.config.self_test:
@@ -167,6 +182,7 @@ class Runtime:
 def _filled(session: Session, path: Path, fill: Callable[[Bundle], T]) -> T:
     """Fill a new session from a session file; both are closed where that fails."""
     try:
+        refuse_files(session.ranks)
         bundle = open_session_file(path, session.config)
         try:
             result = fill(bundle)

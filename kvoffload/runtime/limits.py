@@ -2,7 +2,7 @@
 
 import resource
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,11 @@ class Limits:
     device: int | None = None
     disk: int | None = None
     locked: int | None = None
+
+    def shared(self, count: int) -> "Limits":
+        """One process's part where so many share the host; each has a device of its own."""
+        host, disk = (None if n is None else n // count for n in (self.host, self.disk))
+        return replace(self, host=host, disk=disk)
 
 
 def find_limits(device: torch.device, nvme_dir: Path | None, *, with_disk: bool) -> Limits:

@@ -3,13 +3,14 @@
 ``make_plan`` is arithmetic on its arguments; ``limits.find_limits`` asks the machine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
+from kvoffload.models.parallel import ALONE, Ranks
 from kvoffload.runtime.limits import Limits
 from kvoffload.units import format_size
 
@@ -53,6 +54,11 @@ class KVFootprint:
             itemsize=dtype.itemsize,
             windows=tuple(window for window in windows if window is not None),
         )
+
+    def of_rank(self, ranks: Ranks) -> "KVFootprint":
+        """What the rank with most layers keeps of it."""
+        n_layers = self.n_layers - (ranks.pp_size - 1) * (self.n_layers // ranks.pp_size)
+        return replace(self, n_layers=n_layers, n_kv_heads=self.n_kv_heads // ranks.tp_size)
 
     @property
     def token_bytes(self) -> int:
@@ -177,9 +183,11 @@ def make_plan(
     device: torch.device,
     limits: Limits,
     weight_bytes: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Plan:
-    """The plan for ``batch`` sequences of ``context`` tokens, new ones included."""
-    footprint = KVFootprint.of(model_config, dtype)
+    """The plan for ``batch`` sequences of ``context`` tokens, new ones included; of several ranks, one's part of it
+    beside those on the same host."""
+    footprint = KVFootprint.of(model_config, dtype).of_rank(ranks)
     n_heads = footprint.n_layers * footprint.n_kv_heads
     budget = config.effective_budget.tokens(context, token_bytes=footprint.token_bytes, n_heads_total=max(n_heads, 1))
     budget = min(budget, context)
@@ -190,11 +198,11 @@ def make_plan(
         budget_tokens=budget,
         footprint=footprint,
         needs=(
-            Need("weights", "device", weight_bytes),
+            Need("weights", "device", weight_bytes // ranks.count),
             *_device_needs(footprint, config, context, batch, budget),
             *_page_needs(footprint, config, context, batch),
         ),
-        limits=limits,
+        limits=limits.shared(ranks.on_host),
         device_is_host=device.type == "cpu",
         replays_steps=device.type == "cuda" and config.replays_steps,
     )

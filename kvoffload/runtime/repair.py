@@ -22,8 +22,8 @@ MOST_REPAIRS = 3  # in one session: a disk that damages more than that is not to
 def repair(session: "Session", error: IntegrityError) -> None:
     """Go back to before the first damaged page of a session in use, whose forward failed with ``error``; raises it
     where no page is to blame. The tokens behind that are not in the KV any more."""
-    if error.page is None or session.n_repairs >= MOST_REPAIRS:
-        raise error
+    if error.page is None or session.n_repairs >= MOST_REPAIRS or session.ranks.several:
+        raise error  # other ranks know nothing of it and go on
     old = session.cache
     tensors, states = dump_layers(old)
     sealed = old.seal(session.config.nvme_dir or Path.cwd())

@@ -16,10 +16,12 @@ from kvoffload.models.batch import Fed
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
+from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.models.step_graph import StepGraph, capture_of
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
+from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
@@ -33,9 +35,11 @@ class Session:
     The last generated token is not in the KV yet; it goes in with whatever comes next.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: RuntimeConfig, *, expected_tokens: int = 0) -> None:
-        self.model, self._tokenizer, self.config = model, tokenizer, config
-        self.cache = OffloadCache(model.config, config, expected_tokens=expected_tokens)
+    def __init__(
+        self, model: Any, tokenizer: Any, config: RuntimeConfig, *, expected_tokens: int = 0, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self._tokenizer, self.config, self.ranks = model, tokenizer, config, ranks
+        self.cache = OffloadCache(model.config, config, expected_tokens=expected_tokens, owned=stage_layers(model))
         self.token_ids: list[int] = []
         self.saved_as: SavedAs | None = None
         self.autosave: Path | None = None
@@ -52,7 +56,7 @@ class Session:
         self._started_s = 0.0
         self._step_s = 0.0
         self._n_steps = 0
-        self._interrupt = Interrupt()
+        self._interrupt = Interrupt(ranks.largest)
         self._capture = capture_of(model.device) if config.replays_steps else None
         self._graph: StepGraph | None = None
         self._picked: Tensor | int | None = None  # the token that the newest step picked
@@ -73,6 +77,7 @@ class Session:
         """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
         another process. Pages that were saved before are not written again. Raises UsageError when another process
         writes to it or has saved there since this session was read."""
+        refuse_files(self.ranks)
         self.saved_as = save_session(self, Path(path), pinned=pinned)
 
     def cancel(self) -> None:
@@ -183,7 +188,7 @@ class Session:
 
     def set_budget(self, budget: str | int | Budget) -> None:
         """What steps may read from now on; raises UsageError for what is no budget."""
-        self.config = self.config.with_budget(budget)
+        self.config = with_rank_budget(self.config, budget, self.ranks)
         self.cache.set_budget(self.config.effective_budget)
 
     def crop(self, n_tokens: int) -> None:
@@ -251,6 +256,12 @@ class Session:
             graph_steps=0 if self._graph is None else self._graph.n_replays,
         )
 
+    def all_stats(self) -> Stats:
+        """What moved so far on all ranks; all of them have to ask. The same as ``stats`` where there is one."""
+        weight = sum(layer.geometry.rows for layer in self.cache.offloaded)
+        told = self.ranks.all((self.stats(), weight))
+        return merge_stats([stats for stats, _ in told], [weight for _, weight in told])
+
     def state_tensors(self) -> dict[str, Tensor]:
         """What a session file keeps beside the cache: the logits after the newest token, if it was fed already, and
         where sampling goes on."""
@@ -295,7 +306,8 @@ class Session:
         started = time.perf_counter()
         behind = len(self.token_ids) - self.cache.get_seq_length()
         logits = self._catch_up(sampler)
-        token = int(sampler.pick(logits) if self._picked is None else self._picked)
+        picked = sampler.pick(logits) if self._picked is None else self._picked
+        token = self.ranks.first(int(picked))
         self._picked = None
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind

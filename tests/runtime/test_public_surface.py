@@ -25,6 +25,7 @@ def test_the_public_surface_is_this():
         "Stats",
         "StreamEvent",
         "__version__",
+        "generate",
     }
 
 
