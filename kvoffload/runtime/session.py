@@ -18,7 +18,7 @@ from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
-from kvoffload.models.step_graph import StepGraph, capture_of
+from kvoffload.models.step_graph import Replays, capture_of
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
@@ -57,8 +57,7 @@ class Session:
         self._step_s = 0.0
         self._n_steps = 0
         self._interrupt = Interrupt(ranks.largest)
-        self._capture = capture_of(model.device) if config.replays_steps else None
-        self._graph: StepGraph | None = None
+        self._replays = Replays(model, capture_of(model.device) if config.replays_steps else None)
         self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
@@ -253,7 +252,7 @@ class Session:
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
-            graph_steps=0 if self._graph is None else self._graph.n_replays,
+            graph_steps=self._replays.n_replays,
         )
 
     def all_stats(self) -> Stats:
@@ -328,9 +327,12 @@ class Session:
         for token in pending:
             try:
                 self._computed += 1
-                if not self._replay(token, sampler, only=len(pending) == 1):
+                stepped = self._replays.step(self.cache, token, sampler) if len(pending) == 1 else None
+                if stepped is None:
                     ids = torch.tensor([[token]], device=self.model.device)
                     self._logits = feed(self.model, self.cache, ids)[:, -1]
+                else:
+                    self._logits, self._picked = stepped.logits.clone(), stepped.picked if sampler else None
             except IntegrityError as error:
                 self._recover(error)
                 break
@@ -346,16 +348,3 @@ class Session:
         ttft_s = self._ttft_s
         self.finish_prefill()
         self._ttft_s = ttft_s
-
-    def _replay(self, token: int, sampler: Sampler | None, *, only: bool) -> bool:
-        """Feed a token by a step of fixed shapes, which a graph replays, if it is the only one and that can be."""
-        if self._capture is None or not only or not StepGraph.possible(self.cache):
-            return False
-        if self._graph is None or self._graph.cache is not self.cache:
-            self._graph = StepGraph(self.model, self.cache, self._capture)
-        stepped = self._graph.step(token, self.cache.get_seq_length(), sampler)
-        if stepped is None:
-            return False
-        self._logits = stepped.logits.clone()
-        self._picked = None if sampler is None else stepped.picked
-        return True
