@@ -12,19 +12,20 @@ from torch import Tensor
 from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
+from kvoffload.models.batch import Fed
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
-from kvoffload.models.step_graph import StepGraph, capture_of
+from kvoffload.models.step_graph import Replays, capture_of
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
-from kvoffload.runtime.stats import Stats, collect
+from kvoffload.runtime.stats import Stats, bytes_moved, collect
 from kvoffload.units import Budget
 
 
@@ -49,16 +50,15 @@ class Session:
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
         self.prompt_tokens = self._new_tokens = 0
-        self._restored = self._computed = 0
+        self.restored_tokens = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
         self._started_s = 0.0
         self._step_s = 0.0
         self._n_steps = 0
         self._interrupt = Interrupt(ranks.largest)
-        self._capture = capture_of(model.device) if config.replays_steps else None
-        self._graph: StepGraph | None = None
-        self._picked: Tensor | None = None  # the token that the newest step picked
+        self._replays = Replays(model, capture_of(model.device) if config.replays_steps else None)
+        self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +140,7 @@ class Session:
             if done == total:
                 self._prepare()
                 self.unfinished = False
-            yield Progress(done, total, self._bytes_moved())
+            yield Progress(done, total, bytes_moved(self.cache.offloaded))
             if self.autosave is not None and done < total:
                 self.save(self.autosave)
 
@@ -169,13 +169,14 @@ class Session:
         """The tokens that are not in the KV yet: the newest generated one, or a prompt's rest."""
         return self.token_ids[self.cache.get_seq_length() :]
 
-    def take_fed(self, outcome: Tensor | BaseException, took_s: float) -> None:
-        """The one pending token was fed from outside in ``took_s``, with these logits [1, vocabulary] after it; what
-        went wrong is told, or mended, by this session's next step."""
+    def take_fed(self, outcome: Fed | BaseException, took_s: float) -> None:
+        """The one pending token was fed from outside in ``took_s``; what went wrong is told, or mended, by this
+        session's next step."""
         if isinstance(outcome, BaseException):
             self._fed_badly = outcome
         else:
-            self._logits = outcome
+            self._logits = outcome.logits
+            self._picked = outcome.picked if self._sampler is not None and self._sampler.greedy else None
         self._computed, self._n_steps, self._step_s = self._computed + 1, self._n_steps + 1, self._step_s + took_s
 
     def step(self, token: int) -> Tensor:
@@ -247,11 +248,11 @@ class Session:
             tpot_ms=self._step_s / self._n_steps * 1000 if self._n_steps else None,
             bounded_bytes=self.cache.bounded_bytes,
             copied=(self.cache.copied_read, self.cache.copied_written),
-            restored_tokens=self._restored,
+            restored_tokens=self.restored_tokens,
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
-            graph_steps=0 if self._graph is None else self._graph.n_replays,
+            graph_steps=self._replays.n_replays,
         )
 
     def all_stats(self) -> Stats:
@@ -278,14 +279,10 @@ class Session:
             saved.prompt_start,
             saved.unfinished or self.unfinished,
         )
-        self.note_restored()
+        self.restored_tokens = self.cache.get_seq_length()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
-
-    def note_restored(self) -> None:
-        """What the cache holds now came from a session file."""
-        self._restored = self.cache.get_seq_length()
 
     def _rng(self) -> Tensor | None:
         return self._generator if self._sampler is None else self._sampler.state
@@ -330,9 +327,12 @@ class Session:
         for token in pending:
             try:
                 self._computed += 1
-                if not self._replay(token, sampler, only=len(pending) == 1):
+                stepped = self._replays.step(self.cache, token, sampler) if len(pending) == 1 else None
+                if stepped is None:
                     ids = torch.tensor([[token]], device=self.model.device)
                     self._logits = feed(self.model, self.cache, ids)[:, -1]
+                else:
+                    self._logits, self._picked = stepped.logits.clone(), stepped.picked if sampler else None
             except IntegrityError as error:
                 self._recover(error)
                 break
@@ -348,21 +348,3 @@ class Session:
         ttft_s = self._ttft_s
         self.finish_prefill()
         self._ttft_s = ttft_s
-
-    def _replay(self, token: int, sampler: Sampler | None, *, only: bool) -> bool:
-        """Feed a token by a step of fixed shapes, which a graph replays, if it is the only one and that can be."""
-        if self._capture is None or not only or not StepGraph.possible(self.cache):
-            return False
-        if self._graph is None or self._graph.cache is not self.cache:
-            self._graph = StepGraph(self.model, self.cache, self._capture)
-        stepped = self._graph.step(token, self.cache.get_seq_length(), sampler)
-        if stepped is None:
-            return False
-        self._logits = stepped.logits.clone()
-        self._picked = None if sampler is None else stepped.picked
-        return True
-
-    def _bytes_moved(self) -> int:
-        layers = self.cache.offloaded
-        moved = [x.fetch.prefill.total() for x in layers] + [x.meter.written for x in layers]
-        return sum(m.cpu + m.nvme for m in moved)
