@@ -125,3 +125,27 @@ def _fixed(cache: OffloadCache) -> Iterator[None]:
         yield
     finally:
         cache.fixed = False
+
+
+class Replays:
+    """Feeds the tokens of whatever cache a session has by steps of fixed shapes, where that can be; nowhere without a
+    way to capture them."""
+
+    def __init__(self, model: Any, capture: Capture | None) -> None:
+        self._model, self.capture = model, capture
+        self.graph: StepGraph | None = None
+        self._n_before = 0  # replays of the graphs before this one
+
+    @property
+    def count(self) -> int:
+        """Steps that were replays."""
+        return self._n_before + (0 if self.graph is None else self.graph.n_replays)
+
+    def step(self, cache: OffloadCache, token: int, sampler: Sampler | None) -> Stepped | None:
+        """Feed a token behind all others, and pick the next one; None, and nothing was done, where that cannot be."""
+        if self.capture is None or not StepGraph.possible(cache):
+            return None
+        if self.graph is None or self.graph.cache is not cache:
+            self._n_before = self.count
+            self.graph = StepGraph(self._model, cache, self.capture)
+        return self.graph.step(token, cache.get_seq_length(), sampler)

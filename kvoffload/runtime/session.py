@@ -17,7 +17,7 @@ from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
-from kvoffload.models.step_graph import StepGraph, capture_of
+from kvoffload.models.step_graph import Replays, capture_of
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
@@ -52,12 +52,10 @@ class Session:
         self._restored = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
-        self._started_s = 0.0
-        self._step_s = 0.0
+        self._started_s = self._step_s = 0.0
         self._n_steps = 0
         self._interrupt = Interrupt(ranks.largest)
-        self._capture = capture_of(model.device) if config.replays_steps else None
-        self._graph: StepGraph | None = None
+        self._replays = Replays(model, capture_of(model.device) if config.replays_steps and not ranks.several else None)
         self._picked: Tensor | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
@@ -161,8 +159,7 @@ class Session:
         self.cache.copy_prefill(source.cache)
         self.token_ids, self._logits = list(source.token_ids), source._logits
         self.prompt_tokens = source.prompt_tokens
-        for layer in self.cache.offloaded:
-            prepare(layer)
+        self._prepare()
 
     @property
     def pending(self) -> list[int]:
@@ -251,7 +248,7 @@ class Session:
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
-            graph_steps=0 if self._graph is None else self._graph.n_replays,
+            graph_steps=self._replays.count,
         )
 
     def all_stats(self) -> Stats:
@@ -273,11 +270,8 @@ class Session:
     ) -> None:
         """Stand where a session file stands; the cache is filled already."""
         self.token_ids, self.sampling = token_ids, sampling
-        self.prompt_tokens, self.prompt_start, self.unfinished = (
-            saved.prompt_tokens,
-            saved.prompt_start,
-            saved.unfinished or self.unfinished,
-        )
+        self.prompt_tokens, self.prompt_start = saved.prompt_tokens, saved.prompt_start
+        self.unfinished = saved.unfinished or self.unfinished
         self.note_restored()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
@@ -309,8 +303,7 @@ class Session:
         behind = len(self.token_ids) - self.cache.get_seq_length()
         logits = self._catch_up(sampler)
         picked = sampler.pick(logits) if self._picked is None else self._picked
-        token = self.ranks.first(int(picked))
-        self._picked = None
+        token, self._picked = self.ranks.first(int(picked)), None
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -330,9 +323,11 @@ class Session:
         for token in pending:
             try:
                 self._computed += 1
-                if not self._replay(token, sampler, only=len(pending) == 1):
-                    ids = torch.tensor([[token]], device=self.model.device)
-                    self._logits = feed(self.model, self.cache, ids)[:, -1]
+                stepped = self._replays.step(self.cache, token, sampler) if len(pending) == 1 else None
+                if stepped is not None:
+                    self._logits, self._picked = stepped.logits.clone(), None if sampler is None else stepped.picked
+                    break
+                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
             except IntegrityError as error:
                 self._recover(error)
                 break
@@ -348,19 +343,6 @@ class Session:
         ttft_s = self._ttft_s
         self.finish_prefill()
         self._ttft_s = ttft_s
-
-    def _replay(self, token: int, sampler: Sampler | None, *, only: bool) -> bool:
-        """Feed a token by a step of fixed shapes, which a graph replays, if it is the only one and that can be."""
-        if self._capture is None or not only or not StepGraph.possible(self.cache):
-            return False
-        if self._graph is None or self._graph.cache is not self.cache:
-            self._graph = StepGraph(self.model, self.cache, self._capture)
-        stepped = self._graph.step(token, self.cache.get_seq_length(), sampler)
-        if stepped is None:
-            return False
-        self._logits = stepped.logits.clone()
-        self._picked = None if sampler is None else stepped.picked
-        return True
 
     def _bytes_moved(self) -> int:
         layers = self.cache.offloaded

@@ -33,7 +33,7 @@ def pair(open_session, ids):
     def build(n_prompt=N_PROMPT, **fields):
         sessions = [open_session(**(INDEXED | fields)) for _ in range(2)]
         if fields.get("cuda_graph") != "off":
-            sessions[0]._capture = record
+            sessions[0]._replays.capture = record
         for session in sessions:
             session.prefill(ids(n_prompt))
         return sessions
@@ -123,13 +123,23 @@ def test_where_steps_cannot_be_replayed_they_are_ordinary(pair, fields):
     assert replayed.stats().graph_steps == 0
 
 
+def test_another_budget_is_kept_from_the_next_step_on(pair):
+    replayed, plain = pair(budget="40")
+    for budget in ("40", "8", "24", "10%"):
+        for session in (replayed, plain):
+            session.set_budget(budget)
+        assert generated(replayed, 6) == generated(plain, 6)
+    assert replayed.stats().decode_bytes_read == plain.stats().decode_bytes_read
+    assert replayed.stats().graph_steps > 10
+
+
 def test_what_cannot_be_captured_is_run_as_it_is(pair):
     replayed, plain = pair()
 
     def refuse(call, generators):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
-    replayed._capture = refuse
+    replayed._replays.capture = refuse
     assert generated(replayed) == generated(plain)
     assert replayed.stats().graph_steps == 0
-    assert replayed._graph.refusal == "operation not permitted when stream is capturing"
+    assert replayed._replays.graph.refusal == "operation not permitted when stream is capturing"
