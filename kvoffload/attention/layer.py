@@ -150,7 +150,9 @@ class LayerCache:
         return self.store.n_pages(self.layer)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store."""
+        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store. Steps have no fixed shapes after
+        this."""
+        self.fix(None)
         self.seal(self.anchors.append(keys, values))
 
     def seal(self, pages: Pages | None) -> None:

@@ -78,7 +78,6 @@ class OffloadLayer(AttendingLayer):
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
         if self._cache.fixed:
             return _as_heads(kv, decode_fixed(kv, query_rows(q), k, v))
-        kv.fix(None)
         if self._cache.rectifies:
             return prefill(kv, q, k, v, kv.fetch.decode)
         one_by_one = q.shape[2] == 1 or self._cache.stepping

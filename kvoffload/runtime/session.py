@@ -53,11 +53,10 @@ class Session:
         self.restored_tokens = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
-        self._started_s = 0.0
-        self._step_s = 0.0
+        self._started_s = self._step_s = 0.0
         self._n_steps = 0
         self._interrupt = Interrupt(ranks.largest)
-        self._replays = Replays(model, capture_of(model.device) if config.replays_steps else None)
+        self._replays = Replays(model, capture_of(model.device) if config.replays_steps and not ranks.several else None)
         self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
@@ -161,8 +160,7 @@ class Session:
         self.cache.copy_prefill(source.cache)
         self.token_ids, self._logits = list(source.token_ids), source._logits
         self.prompt_tokens = source.prompt_tokens
-        for layer in self.cache.offloaded:
-            prepare(layer)
+        self._prepare()
 
     @property
     def pending(self) -> list[int]:
@@ -252,7 +250,7 @@ class Session:
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
-            graph_steps=self._replays.n_replays,
+            graph_steps=self._replays.count,
         )
 
     def all_stats(self) -> Stats:
@@ -274,11 +272,8 @@ class Session:
     ) -> None:
         """Stand where a session file stands; the cache is filled already."""
         self.token_ids, self.sampling = token_ids, sampling
-        self.prompt_tokens, self.prompt_start, self.unfinished = (
-            saved.prompt_tokens,
-            saved.prompt_start,
-            saved.unfinished or self.unfinished,
-        )
+        self.prompt_tokens, self.prompt_start = saved.prompt_tokens, saved.prompt_start
+        self.unfinished = saved.unfinished or self.unfinished
         self.restored_tokens = self.cache.get_seq_length()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
@@ -306,8 +301,7 @@ class Session:
         behind = len(self.token_ids) - self.cache.get_seq_length()
         logits = self._catch_up(sampler)
         picked = sampler.pick(logits) if self._picked is None else self._picked
-        token = self.ranks.first(int(picked))
-        self._picked = None
+        token, self._picked = self.ranks.first(int(picked)), None
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -328,11 +322,10 @@ class Session:
             try:
                 self._computed += 1
                 stepped = self._replays.step(self.cache, token, sampler) if len(pending) == 1 else None
-                if stepped is None:
-                    ids = torch.tensor([[token]], device=self.model.device)
-                    self._logits = feed(self.model, self.cache, ids)[:, -1]
-                else:
-                    self._logits, self._picked = stepped.logits.clone(), stepped.picked if sampler else None
+                if stepped is not None:
+                    self._logits, self._picked = stepped.logits.clone(), None if sampler is None else stepped.picked
+                    break
+                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
             except IntegrityError as error:
                 self._recover(error)
                 break
