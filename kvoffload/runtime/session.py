@@ -19,6 +19,7 @@ from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.models.step_graph import Replays, capture_of
+from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
@@ -134,7 +135,7 @@ class Session:
         done, total = 0, len(pending)
         for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
             self._interrupt.check()
-            self._prefill_chunk(chunk)
+            self._prefill_chunk(chunk, whole=len(chunk) == total)
             done += len(chunk)
             if done == total:
                 self._prepare()
@@ -144,9 +145,9 @@ class Session:
                 self.save(self.autosave)
 
     @torch.inference_mode()
-    def _prefill_chunk(self, chunk: Tensor) -> None:
+    def _prefill_chunk(self, chunk: Tensor, *, whole: bool) -> None:
         frozen = frozen_states(self.model, self.cache.freezing, self.cache.get_seq_length())
-        with self.cache.prefilling(), frozen:
+        with self.cache.prefilling(whole=whole), frozen:
             self._logits = self._forward(chunk[None])
 
     @torch.inference_mode()
@@ -288,7 +289,7 @@ class Session:
         return prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
 
     def _n_chunks(self, n_tokens: int) -> int:
-        size = self.config.prefill_chunk or (8192 if self.model.device.type == "cuda" else 1024)
+        size = self.config.prefill_chunk or chunk_tokens(self.model, saved=self.autosave is not None)
         return -(-n_tokens // size)
 
     def _forward(self, ids: Tensor) -> Tensor:
