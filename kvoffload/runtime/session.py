@@ -20,11 +20,11 @@ from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.models.step_graph import StepGraph, capture_of
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
-from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
+from kvoffload.runtime.ranks import with_rank_budget
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
-from kvoffload.runtime.stats import Stats, collect
+from kvoffload.runtime.stats import Stats, bytes_moved, collect
 from kvoffload.units import Budget
 
 
@@ -48,13 +48,11 @@ class Session:
         self._fed_badly: BaseException | None = None
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
-        self.prompt_tokens = self._new_tokens = 0
+        self.prompt_tokens = self._new_tokens = self._n_steps = 0
         self._restored = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
-        self._started_s = 0.0
-        self._step_s = 0.0
-        self._n_steps = 0
+        self._started_s = self._step_s = 0.0
         self._interrupt = Interrupt(ranks.largest)
         self._capture = capture_of(model.device) if config.replays_steps else None
         self._graph: StepGraph | None = None
@@ -76,7 +74,6 @@ class Session:
         """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
         another process. Pages that were saved before are not written again. Raises UsageError when another process
         writes to it or has saved there since this session was read."""
-        refuse_files(self.ranks)
         self.saved_as = save_session(self, Path(path), pinned=pinned)
 
     def cancel(self) -> None:
@@ -140,7 +137,7 @@ class Session:
             if done == total:
                 self._prepare()
                 self.unfinished = False
-            yield Progress(done, total, self._bytes_moved())
+            yield Progress(done, total, bytes_moved(self.cache.offloaded))
             if self.autosave is not None and done < total:
                 self.save(self.autosave)
 
@@ -161,8 +158,7 @@ class Session:
         self.cache.copy_prefill(source.cache)
         self.token_ids, self._logits = list(source.token_ids), source._logits
         self.prompt_tokens = source.prompt_tokens
-        for layer in self.cache.offloaded:
-            prepare(layer)
+        self._prepare()
 
     @property
     def pending(self) -> list[int]:
@@ -254,12 +250,6 @@ class Session:
             graph_steps=0 if self._graph is None else self._graph.n_replays,
         )
 
-    def all_stats(self) -> Stats:
-        """What moved so far on all ranks; all of them have to ask. The same as ``stats`` where there is one."""
-        weight = sum(layer.geometry.rows for layer in self.cache.offloaded)
-        told = self.ranks.all((self.stats(), weight))
-        return merge_stats([stats for stats, _ in told], [weight for _, weight in told])
-
     def state_tensors(self) -> dict[str, Tensor]:
         """What a session file keeps beside the cache: the logits after the newest token, if it was fed already, and
         where sampling goes on."""
@@ -273,11 +263,8 @@ class Session:
     ) -> None:
         """Stand where a session file stands; the cache is filled already."""
         self.token_ids, self.sampling = token_ids, sampling
-        self.prompt_tokens, self.prompt_start, self.unfinished = (
-            saved.prompt_tokens,
-            saved.prompt_start,
-            saved.unfinished or self.unfinished,
-        )
+        self.prompt_tokens, self.prompt_start = saved.prompt_tokens, saved.prompt_start
+        self.unfinished = saved.unfinished or self.unfinished
         self.note_restored()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
@@ -361,8 +348,3 @@ class Session:
         self._logits = stepped.logits.clone()
         self._picked = None if sampler is None else stepped.picked
         return True
-
-    def _bytes_moved(self) -> int:
-        layers = self.cache.offloaded
-        moved = [x.fetch.prefill.total() for x in layers] + [x.meter.written for x in layers]
-        return sum(m.cpu + m.nvme for m in moved)

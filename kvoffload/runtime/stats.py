@@ -94,6 +94,12 @@ class Audited:
         return Audited(float(masses.mean()), None if target is None else float((masses <= target).float().mean()))
 
 
+def bytes_moved(layers: Sequence[LayerCache]) -> int:
+    """What prefills read and all tokens wrote so far."""
+    moved = [layer.fetch.prefill.total() for layer in layers] + [layer.meter.written for layer in layers]
+    return sum(part.cpu + part.nvme for part in moved)
+
+
 def scored_share(layers: Sequence[LayerCache]) -> float | None:
     """Kv heads and steps that scored their pages, as a share of all; None before the first step with pages."""
     n_steps = sum(layer.meter.steps * layer.geometry.rows for layer in layers)

@@ -12,6 +12,7 @@ from kvoffload.errors import KvoffloadError
 from kvoffload.models.catalog import load_model, resolve
 from kvoffload.models.parallel import find_ranks
 from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.ranks import all_stats
 
 PROMPT = list(range(200))
 N_NEW = 16
@@ -28,7 +29,7 @@ def run(session, sampling):
     session.prefill(PROMPT)
     tokens = [event.token for event in session.stream(sampling)]
     layer = session.cache.offloaded[0]
-    return {"tokens": tokens, "stats": session.all_stats().as_dict(), "folder": str(session.config.nvme_dir),
+    return {"tokens": tokens, "stats": all_stats(session).as_dict(), "folder": str(session.config.nvme_dir),
             "n_layers": session.cache.n_offloaded, "rows": layer.geometry.rows}  # fmt: skip
 
 
