@@ -104,7 +104,7 @@ class FixedSteps:
     def _fix(self, n_pages: int) -> bool:
         """Give all layers room for ``n_pages`` pages and some more."""
         n_places = self._reserved(n_pages) if self.possible(self._layers) else 0
-        if n_places < n_pages:
+        if n_places <= n_pages:  # also where there are no pages yet
             return False
         anchors = self._layers[0].anchors
         device = anchors.keys.device

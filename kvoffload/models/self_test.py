@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UnsupportedModelError
-from kvoffload.models.batch import can_batch, feed_together
+from kvoffload.models.batch import Fed, can_batch, feed_together
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.hf import NAME, register
@@ -86,7 +86,7 @@ def check_batches(model: Any, config: RuntimeConfig) -> float:
         if failed := [outcome for outcome in given if isinstance(outcome, BaseException)]:
             raise failed[0]
         expected = [feed(model, cache, ids.new_tensor([[t]]))[:, -1] for cache, t in zip(alone, (3, 5), strict=True)]
-    pairs = [(a.float(), b.float()) for a, b in zip(given, expected, strict=True) if isinstance(a, Tensor)]
+    pairs = [(a.logits.float(), b.float()) for a, b in zip(given, expected, strict=True) if isinstance(a, Fed)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 

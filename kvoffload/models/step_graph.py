@@ -117,6 +117,27 @@ class StepGraph:
         return Stepped(logits, logits.argmax(-1, keepdim=True) if sampler is None else sampler.pick(logits))
 
 
+class Replays:
+    """The replayed steps of a session, whose cache may become another one; none without ``capture``."""
+
+    def __init__(self, model: Any, capture: Capture | None) -> None:
+        self._model, self.capture = model, capture
+        self.graph: StepGraph | None = None
+
+    @property
+    def n_replays(self) -> int:
+        """Steps of the present cache that were replays."""
+        return 0 if self.graph is None else self.graph.n_replays
+
+    def step(self, cache: OffloadCache, token: int, sampler: Sampler | None) -> Stepped | None:
+        """Feed a token by a step of fixed shapes, which a graph replays; None where that cannot be."""
+        if self.capture is None or not StepGraph.possible(cache):
+            return None
+        if self.graph is None or self.graph.cache is not cache:
+            self.graph = StepGraph(self._model, cache, self.capture)
+        return self.graph.step(token, cache.get_seq_length(), sampler)
+
+
 @contextmanager
 def _fixed(cache: OffloadCache) -> Iterator[None]:
     """Inside this block a forward of one token is the device's part of a step of fixed shapes."""

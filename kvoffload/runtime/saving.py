@@ -160,7 +160,7 @@ def fill_with_prefix(session: "Session", bundle: Bundle, prompt: list[int]) -> i
         bundle.close()
     n_kept = session.cache.get_seq_length()
     session.token_ids = prompt[:n_kept]
-    session.note_restored()
+    session.restored_tokens = n_kept
     return n_kept
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
+from kvoffload.models.batch import Fed
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
-from kvoffload.models.step_graph import StepGraph, capture_of
+from kvoffload.models.step_graph import Replays, capture_of
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.ranks import with_rank_budget
@@ -49,14 +50,13 @@ class Session:
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
         self.prompt_tokens = self._new_tokens = self._n_steps = 0
-        self._restored = self._computed = 0
+        self.restored_tokens = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
         self._started_s = self._step_s = 0.0
         self._interrupt = Interrupt(ranks.largest)
-        self._capture = capture_of(model.device) if config.replays_steps else None
-        self._graph: StepGraph | None = None
-        self._picked: Tensor | None = None  # the token that the newest step picked
+        self._replays = Replays(model, capture_of(model.device) if config.replays_steps else None)
+        self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
         return self
@@ -165,13 +165,14 @@ class Session:
         """The tokens that are not in the KV yet: the newest generated one, or a prompt's rest."""
         return self.token_ids[self.cache.get_seq_length() :]
 
-    def take_fed(self, outcome: Tensor | BaseException, took_s: float) -> None:
-        """The one pending token was fed from outside in ``took_s``, with these logits [1, vocabulary] after it; what
-        went wrong is told, or mended, by this session's next step."""
+    def take_fed(self, outcome: Fed | BaseException, took_s: float) -> None:
+        """The one pending token was fed from outside in ``took_s``; what went wrong is told, or mended, by this
+        session's next step."""
         if isinstance(outcome, BaseException):
             self._fed_badly = outcome
         else:
-            self._logits = outcome
+            self._logits = outcome.logits
+            self._picked = outcome.picked if self._sampler is not None and self._sampler.greedy else None
         self._computed, self._n_steps, self._step_s = self._computed + 1, self._n_steps + 1, self._step_s + took_s
 
     def step(self, token: int) -> Tensor:
@@ -243,11 +244,11 @@ class Session:
             tpot_ms=self._step_s / self._n_steps * 1000 if self._n_steps else None,
             bounded_bytes=self.cache.bounded_bytes,
             copied=(self.cache.copied_read, self.cache.copied_written),
-            restored_tokens=self._restored,
+            restored_tokens=self.restored_tokens,
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
-            graph_steps=0 if self._graph is None else self._graph.n_replays,
+            graph_steps=self._replays.n_replays,
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -265,14 +266,10 @@ class Session:
         self.token_ids, self.sampling = token_ids, sampling
         self.prompt_tokens, self.prompt_start = saved.prompt_tokens, saved.prompt_start
         self.unfinished = saved.unfinished or self.unfinished
-        self.note_restored()
+        self.restored_tokens = self.cache.get_seq_length()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
-
-    def note_restored(self) -> None:
-        """What the cache holds now came from a session file."""
-        self._restored = self.cache.get_seq_length()
 
     def _rng(self) -> Tensor | None:
         return self._generator if self._sampler is None else self._sampler.state
@@ -317,9 +314,12 @@ class Session:
         for token in pending:
             try:
                 self._computed += 1
-                if not self._replay(token, sampler, only=len(pending) == 1):
+                stepped = self._replays.step(self.cache, token, sampler) if len(pending) == 1 else None
+                if stepped is None:
                     ids = torch.tensor([[token]], device=self.model.device)
                     self._logits = feed(self.model, self.cache, ids)[:, -1]
+                else:
+                    self._logits, self._picked = stepped.logits.clone(), stepped.picked if sampler else None
             except IntegrityError as error:
                 self._recover(error)
                 break
@@ -335,16 +335,3 @@ class Session:
         ttft_s = self._ttft_s
         self.finish_prefill()
         self._ttft_s = ttft_s
-
-    def _replay(self, token: int, sampler: Sampler | None, *, only: bool) -> bool:
-        """Feed a token by a step of fixed shapes, which a graph replays, if it is the only one and that can be."""
-        if self._capture is None or not only or not StepGraph.possible(self.cache):
-            return False
-        if self._graph is None or self._graph.cache is not self.cache:
-            self._graph = StepGraph(self.model, self.cache, self._capture)
-        stepped = self._graph.step(token, self.cache.get_seq_length(), sampler)
-        if stepped is None:
-            return False
-        self._logits = stepped.logits.clone()
-        self._picked = None if sampler is None else stepped.picked
-        return True

@@ -95,9 +95,9 @@ class Audited:
 
 
 def bytes_moved(layers: Sequence[LayerCache]) -> int:
-    """What prefills read and all tokens wrote so far."""
+    """What prefills read and everything that was written so far."""
     moved = [layer.fetch.prefill.total() for layer in layers] + [layer.meter.written for layer in layers]
-    return sum(part.cpu + part.nvme for part in moved)
+    return sum(m.cpu + m.nvme for m in moved)
 
 
 def scored_share(layers: Sequence[LayerCache]) -> float | None:
