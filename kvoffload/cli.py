@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvoffload import flags, session_cli
+from kvoffload import bench_cli, flags, session_cli
 from kvoffload.calibration import flags as calibration_flags
 from kvoffload.errors import KvoffloadError
 from kvoffload.evaluation import flags as sweep_flags
@@ -34,6 +34,7 @@ app = typer.Typer(
 
 
 app.add_typer(session_cli.app, name="session")
+app.add_typer(bench_cli.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -25,7 +25,8 @@ from kvoffload.values import Pages, Selection, by_row
 if TYPE_CHECKING:
     from kvoffload.attention.reading import Reading
 
-_TAIL_QUERIES = 256
+TAIL_QUERIES = 256
+"""Queries of a prefill that are remembered: their mean is the anchor query."""
 
 
 class PageBudget(Protocol):
@@ -127,6 +128,7 @@ class LayerCache:
         self._index_is_read = index_is_read
         self.meter = Meter()
         self.ready = True
+        self.held: Tensor | None = None  # all sealed pages as the store has them, while they are on the device still
         self.tail_queries: Tensor | None = None  # in host memory
         self.n_prefilled = 0  # pages when the last prefill was summarised
         self.n_estimated: int | None = None  # pages at the first estimate after that
@@ -149,16 +151,22 @@ class LayerCache:
     def n_pages(self) -> int:
         return self.store.n_pages(self.layer)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store."""
-        self.seal(self.anchors.append(keys, values))
+    def append(self, keys: Tensor, values: Tensor) -> Tensor | None:
+        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store and are given as by ``seal``.
+        Steps have no fixed shapes after this."""
+        self.fix(None)
+        return self.seal(self.anchors.append(keys, values))
 
-    def seal(self, pages: Pages | None) -> None:
-        """Take in pages that have left the window, if any have."""
-        if pages is not None:
-            self.meter.written += self.store.append(self.layer, pack_pages(pages))
-            if self.ready:
-                self.absorb(pages)
+    def seal(self, pages: Pages | None) -> Tensor | None:
+        """Take in pages that have left the window, if any have; they are given as the store has them, on the device:
+        uint8 [P, rows, slice_bytes]."""
+        if pages is None:
+            return None
+        packed = pack_pages(pages)
+        self.meter.written += self.store.append(self.layer, packed)
+        if self.ready:
+            self.absorb(pages)
+        return packed
 
     def absorb(self, pages: Pages) -> None:
         self.selector.absorb(pages)
@@ -182,9 +190,9 @@ class LayerCache:
         """Keep the newest prefill queries [rows, R, Q, D] for the anchor and the gate; what was summarised is stale
         now."""
         self.ready = False
-        newest = query[:, :, -_TAIL_QUERIES:].cpu()
+        newest = query[:, :, -TAIL_QUERIES:].cpu()
         kept = newest if self.tail_queries is None else torch.cat([self.tail_queries, newest], dim=2)
-        self.tail_queries = kept[:, :, -_TAIL_QUERIES:].clone()
+        self.tail_queries = kept[:, :, -TAIL_QUERIES:].clone()
 
     def tail_weights(self) -> Tensor:
         """1 for every remembered query of a real token and 0 for those of padding, fp32 [rows, T] in host memory; asked

@@ -13,11 +13,13 @@ from kvoffload.cache.fetch import Traffic, pack_pages
 from kvoffload.values import Partial, merge
 
 
-def prefill(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, traffic: Traffic | None = None) -> Partial:
-    """Dense causal attention for a chunk: query [rows, R, Q, D], keys [rows, Q, D], values [rows, Q, Dv].
+def attend_chunk(
+    layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, traffic: Traffic | None = None
+) -> Partial:
+    """Dense causal attention for a chunk over itself and everything before it: query [rows, R, Q, D], keys [rows, Q,
+    D], values [rows, Q, Dv], which are to be taken in afterwards.
 
-    Earlier pages stream through the device block by block (prefill traffic where none is given); the chunk's own pages
-    leave for the store behind it.
+    Earlier pages stream through the device block by block (prefill traffic where none is given).
     """
     partials = [_attend(layer, query, keys, values, valid=_chunk_valid(layer, keys.shape[1]), causal=True)]
     if layer.n_tokens:
@@ -27,8 +29,22 @@ def prefill(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor, traf
         flat = None if pages.valid is None else pages.valid.flatten(1)
         partials.append(_attend(layer, query, pages.keys.flatten(1, 2), pages.values.flatten(1, 2), valid=flat))
         partials = [merge(partials)]
-    layer.append(keys, values)
     return merge(partials)
+
+
+def take_in(layer: LayerCache, newest_queries: Tensor, keys: Tensor, values: Tensor, *, whole: bool) -> None:
+    """Add a chunk of a prefill [rows, n, D], [rows, n, Dv], with its newest queries [rows, R, T, D]: full pages leave
+    for the store. ``whole`` says that it is all of the prefill and the layer was empty; then it is summarised now, from
+    the pages that are on the device still."""
+    layer.remember_queries(newest_queries)
+    packed = layer.append(keys, values)
+    if not whole:
+        return
+    layer.held = packed
+    try:
+        prepare(layer)
+    finally:
+        layer.held = None
 
 
 def prepare(layer: LayerCache) -> None:

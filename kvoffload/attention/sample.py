@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
+from kvoffload.attention.stream import read_run
 from kvoffload.values import KeySample
 
 _SAMPLE_TOKENS = 8192
@@ -20,10 +21,10 @@ def take_sample(layer: LayerCache, queries: Tensor, weights: Tensor, *, n_pages:
     for i in range(n_runs):
         first = i * n_pages // n_runs
         n_taken = min(run, n_pages - first)
-        pages = layer.fetch.ask_pages(first, n_taken, layer.fetch.prefill)()
+        pages = read_run(layer, first, n_taken)
         keys.append(pages.keys.flatten(1, 2).clone())  # a run is valid until the next one is asked for
-        mask = layer.anchors.run_valid(first, n_taken)
-        valid.append(torch.ones_like(keys[-1][..., 0], dtype=torch.bool) if mask is None else mask.flatten(1))
+        ones = torch.ones_like(keys[-1][..., 0], dtype=torch.bool)
+        valid.append(ones if pages.valid is None else pages.valid.flatten(1))
     counted = queries.to(device).float() * layer.geometry.scale * weights.to(device)[:, None, :, None]
     moment = torch.einsum("grqd,grqe->gde", counted, counted) / queries.shape[1]
     n_queries = weights.to(device).sum(1).clamp_min(1)

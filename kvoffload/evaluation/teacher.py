@@ -24,7 +24,7 @@ def prefill(model: Any, cache: OffloadCache, ids: Tensor) -> Tensor:
     """Take in a batch of prompts int64 [B, N] of one length exactly, in chunks; logits fp32 [B, vocabulary] after
     them. The cache is ready to decode then."""
     size = cache.config.prefill_chunk or max(_CHUNK_TOKENS.get(model.device.type, 1024) // len(ids), 1)
-    with cache.prefilling():
+    with cache.prefilling(whole=size >= ids.shape[1]):
         for chunk in ids.to(model.device).split(size, dim=1):
             with frozen_states(model, cache.freezing, cache.get_seq_length()):
                 logits: Tensor = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

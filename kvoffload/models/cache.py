@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from kvoffload_storage.errors import CapacityError
 from kvoffload_storage.file import FileStore
 from kvoffload_storage.segments import Sealed
 from kvoffload_storage.store import Moved, Store, StoreShape
@@ -20,20 +19,19 @@ from kvoffload.attention.fixed import decode_fixed
 from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefetch import Prefetch
-from kvoffload.attention.prefill import prefill, prepare, refill
+from kvoffload.attention.prefill import prepare, refill
 from kvoffload.attention.stores import copy_pages, open_store
 from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
-from kvoffload.errors import OutOfRoomError, UnsupportedModelError, UsageError
+from kvoffload.errors import UnsupportedModelError, UsageError
 from kvoffload.geometry import Geometry
 from kvoffload.models.anew import Anew
 from kvoffload.models.fingerprint import check_loaded
-from kvoffload.models.freeze import SharedKv
-from kvoffload.models.padding import note_padding
+from kvoffload.models.intake import Intake, room_told
 from kvoffload.models.refusals import OneSequenceARow
 from kvoffload.models.stages import keep_stage
 from kvoffload.models.tagged import AttendingLayer
-from kvoffload.policies.base import Depth, Freezing
+from kvoffload.policies.base import Freezing
 from kvoffload.units import Budget
 from kvoffload.values import Partial, query_rows
 
@@ -56,9 +54,25 @@ class OffloadLayer(AttendingLayer):
         self._pending = True
         return self.tag(key_states), value_states
 
+    @room_told()
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
     ) -> Partial:
+        kv, q, k, v = self._rows(query, key, value, scale, softcap)
+        return self._attend(kv, q, k, v, mask)
+
+    def is_open(self) -> bool:
+        return (self.kv is None or self.kv.n_tokens == 0) and not self._cache.intake.changes_keys
+
+    @room_told()
+    def open_with(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> None:
+        kv, q, k, v = self._rows(query, key, value, scale, None)
+        self._cache.intake.follow(kv, q, k, v)
+
+    def _rows(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> tuple[LayerCache, Tensor, Tensor, Tensor]:
+        """The layer's cache, which is built now if these are its first tokens, with these by row."""
         if not self._pending:
             raise UnsupportedModelError("this model attends twice to one layer's KV, which is not supported")
         self._pending = False
@@ -70,23 +84,16 @@ class OffloadLayer(AttendingLayer):
             sizes = (n_sequences, n_heads, group, k.shape[-1], v.shape[-1])
             geometry = Geometry(*sizes, self._cache.config.page_size, k.dtype, scale, softcap)
             self.kv = self._cache.build(self._index, self.place, geometry, k, v)
-        try:
-            return self._attend(self.kv, q, k, v, mask)
-        except CapacityError as error:
-            raise OutOfRoomError(str(error)) from error
+        return self.kv, q, k, v
 
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
         if self._cache.fixed:
             return _as_heads(kv, decode_fixed(kv, query_rows(q), k, v))
-        kv.fix(None)
         if self._cache.rectifies:
-            return prefill(kv, q, k, v, kv.fetch.decode)
+            return self._cache.intake.rectify(kv, q, k, v)
         one_by_one = q.shape[2] == 1 or self._cache.stepping
         if self._cache.exact or kv.n_tokens == 0 or not one_by_one:
-            k, v = self._cache.freeze(self.place, kv.n_tokens, k, v)
-            note_padding(kv, mask)
-            kv.remember_queries(q)
-            return prefill(kv, q, k, v)
+            return self._cache.intake.attend(kv, q, k, v, mask)
         prepare(kv)
         n_new = q.shape[2] - kv.n_revised
         if n_new > kv.run_length(n_new):
@@ -164,8 +171,7 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         self.n_offloaded = len(unbounded)
         self.config, self.exact, self.stepping, self.rectifies, self.fixed = config, False, False, False, False
         self.policies = [policy.build() for policy in config.policy]
-        self.anew = Anew(self.policies)
-        self._shared_kv = SharedKv(self.freezing) if self.freezing and self.freezing.what == "kv" else None
+        self.anew, self.intake = Anew(self.policies), Intake(self.n_offloaded, self.freezing)
         if self.anew.is_wanted and self.n_offloaded < len(self.layers):
             raise UsageError("policy: layers with bounded KV (sliding windows) do not allow to compute tokens anew")
         self._expected_tokens, self._prefetch = expected_tokens, Prefetch(config.prefetch)
@@ -212,25 +218,21 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         return notes
 
     @contextmanager
-    def prefilling(self) -> Iterator[None]:
-        """Inside this block every forward is exact, also one of a single token."""
+    def prefilling(self, *, whole: bool = False) -> Iterator[None]:
+        """Inside this block every forward is exact, also one of a single token. ``whole`` says that the prompt comes in
+        one forward, so that layers which were empty are ready after it."""
         self.forget_decoded()
-        self.exact = True
+        self.exact, self.intake.whole = True, whole
         try:
             yield
         finally:
-            self.exact = False
+            self.exact = self.intake.whole = False
+            self.intake.finish()
 
     @property
     def freezing(self) -> Freezing | None:
         """What prefills freeze of early tokens."""
         return next((policy.freezing for policy in self.policies if policy.freezing is not None), None)
-
-    def freeze(self, place: int, n_before: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What a prefill gives a layer as keys and values [rows, n, D], [rows, n, Dv] of a chunk."""
-        if self._shared_kv is None:
-            return keys, values
-        return self._shared_kv.share(Depth(place, self.n_offloaded), n_before, keys, values)
 
     @contextmanager
     def decoding(self, *, n_revised: int = 0) -> Iterator[None]:

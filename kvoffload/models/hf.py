@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
+from kvoffload_kernels.dense_attention import fused
 from kvoffload_kernels.dense_attention.reference import soft_cap, weigh
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -46,6 +47,11 @@ def attention(
     layer = AttendingLayer.of(key)
     if layer is None:
         return _dense(module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
+    plain = attention_mask is None and softcap is None and s_aux is None
+    if plain and layer.is_open() and fused.supports_causal(query, key, value):
+        first = fused.attend_causal(query, key, value, scale=scale)
+        layer.open_with(query, key, value, scale=scale)
+        return first.transpose(1, 2).contiguous(), None
     partial = layer.attend(query, key, value, attention_mask, scale=scale, softcap=softcap)
     if s_aux is not None:
         partial = _with_sinks(partial, s_aux, query.shape[0])

@@ -117,27 +117,6 @@ class StepGraph:
         return Stepped(logits, logits.argmax(-1, keepdim=True) if sampler is None else sampler.pick(logits))
 
 
-class Replays:
-    """The replayed steps of a session, whose cache may become another one; none without ``capture``."""
-
-    def __init__(self, model: Any, capture: Capture | None) -> None:
-        self._model, self.capture = model, capture
-        self.graph: StepGraph | None = None
-
-    @property
-    def n_replays(self) -> int:
-        """Steps of the present cache that were replays."""
-        return 0 if self.graph is None else self.graph.n_replays
-
-    def step(self, cache: OffloadCache, token: int, sampler: Sampler | None) -> Stepped | None:
-        """Feed a token by a step of fixed shapes, which a graph replays; None where that cannot be."""
-        if self.capture is None or not StepGraph.possible(cache):
-            return None
-        if self.graph is None or self.graph.cache is not cache:
-            self.graph = StepGraph(self._model, cache, self.capture)
-        return self.graph.step(token, cache.get_seq_length(), sampler)
-
-
 @contextmanager
 def _fixed(cache: OffloadCache) -> Iterator[None]:
     """Inside this block a forward of one token is the device's part of a step of fixed shapes."""
@@ -146,3 +125,27 @@ def _fixed(cache: OffloadCache) -> Iterator[None]:
         yield
     finally:
         cache.fixed = False
+
+
+class Replays:
+    """Feeds the tokens of whatever cache a session has by steps of fixed shapes, where that can be; nowhere without a
+    way to capture them."""
+
+    def __init__(self, model: Any, capture: Capture | None) -> None:
+        self._model, self.capture = model, capture
+        self.graph: StepGraph | None = None
+        self._n_before = 0  # replays of the graphs before this one
+
+    @property
+    def count(self) -> int:
+        """Steps that were replays."""
+        return self._n_before + (0 if self.graph is None else self.graph.n_replays)
+
+    def step(self, cache: OffloadCache, token: int, sampler: Sampler | None) -> Stepped | None:
+        """Feed a token behind all others, and pick the next one; None, and nothing was done, where that cannot be."""
+        if self.capture is None or not StepGraph.possible(cache):
+            return None
+        if self.graph is None or self.graph.cache is not cache:
+            self._n_before = self.count
+            self.graph = StepGraph(self._model, cache, self.capture)
+        return self.graph.step(token, cache.get_seq_length(), sampler)

@@ -41,6 +41,15 @@ class AttendingLayer(CacheLayerMixin):
     ) -> Partial:
         """Append the new tokens and attend: query [B, H, Q, D], key [B, G, Q, D] to a partial [rows, R, Q, Dv]."""
 
+    def is_open(self) -> bool:
+        """Whether nothing comes before the next tokens, so that causal attention over them alone is exact, and
+        ``open_with`` takes them in."""
+        return False
+
+    def open_with(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> None:
+        """Append the first tokens, whose attention was asked for elsewhere; shapes as in ``attend``."""
+        raise NotImplementedError
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do before attention runs."""
 

@@ -38,6 +38,9 @@ class _WatchedLayer(OffloadLayer):
         super().__init__(cache, index, index)
         self._on_layer = on_layer
 
+    def is_open(self) -> bool:
+        return False
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None
     ) -> Partial:

@@ -66,7 +66,7 @@ def inspect(required: Iterable[str] = (), nvme_dir: Path | None = None, *, secon
     folder = nvme_dir or Path(tempfile.gettempdir())
     disk, direct = _look_at_disk(folder, seconds)
     return Report(
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions={"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         gpus=_gpus(),
         features={"cuda": _cuda(), "pinned": _pinned(), "triton": _triton(), "o_direct": direct, **_engines()},
         disk=disk,
@@ -75,7 +75,8 @@ def inspect(required: Iterable[str] = (), nvme_dir: Path | None = None, *, secon
     )
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version; None where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -109,7 +110,7 @@ def _pinned() -> Feature:
 
 
 def _triton() -> Feature:
-    found = _version("triton")
+    found = package_version("triton")
     return Feature(found is not None, "the slower reference kernels are used" if found is None else "")
 
 

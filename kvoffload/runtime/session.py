@@ -19,6 +19,7 @@ from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.models.step_graph import Replays, capture_of
+from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
 from kvoffload.runtime.ranks import with_rank_budget
@@ -55,7 +56,7 @@ class Session:
         self._ttft_s: float | None = None
         self._started_s = self._step_s = 0.0
         self._interrupt = Interrupt(ranks.largest)
-        self._replays = Replays(model, capture_of(model.device) if config.replays_steps else None)
+        self._replays = Replays(model, capture_of(model.device) if config.replays_steps and not ranks.several else None)
         self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
@@ -132,7 +133,7 @@ class Session:
         done, total = 0, len(pending)
         for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
             self._interrupt.check()
-            self._prefill_chunk(chunk)
+            self._prefill_chunk(chunk, whole=len(chunk) == total)
             done += len(chunk)
             if done == total:
                 self._prepare()
@@ -142,9 +143,9 @@ class Session:
                 self.save(self.autosave)
 
     @torch.inference_mode()
-    def _prefill_chunk(self, chunk: Tensor) -> None:
+    def _prefill_chunk(self, chunk: Tensor, *, whole: bool) -> None:
         frozen = frozen_states(self.model, self.cache.freezing, self.cache.get_seq_length())
-        with self.cache.prefilling(), frozen:
+        with self.cache.prefilling(whole=whole), frozen:
             self._logits = self._forward(chunk[None])
 
     @torch.inference_mode()
@@ -248,7 +249,7 @@ class Session:
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
-            graph_steps=self._replays.n_replays,
+            graph_steps=self._replays.count,
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -280,7 +281,7 @@ class Session:
         return prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
 
     def _n_chunks(self, n_tokens: int) -> int:
-        size = self.config.prefill_chunk or (8192 if self.model.device.type == "cuda" else 1024)
+        size = self.config.prefill_chunk or chunk_tokens(self.model, saved=self.autosave is not None)
         return -(-n_tokens // size)
 
     def _forward(self, ids: Tensor) -> Tensor:
@@ -293,8 +294,7 @@ class Session:
         behind = len(self.token_ids) - self.cache.get_seq_length()
         logits = self._catch_up(sampler)
         picked = sampler.pick(logits) if self._picked is None else self._picked
-        token = self.ranks.first(int(picked))
-        self._picked = None
+        token, self._picked = self.ranks.first(int(picked)), None
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -315,11 +315,10 @@ class Session:
             try:
                 self._computed += 1
                 stepped = self._replays.step(self.cache, token, sampler) if len(pending) == 1 else None
-                if stepped is None:
-                    ids = torch.tensor([[token]], device=self.model.device)
-                    self._logits = feed(self.model, self.cache, ids)[:, -1]
-                else:
-                    self._logits, self._picked = stepped.logits.clone(), stepped.picked if sampler else None
+                if stepped is not None:
+                    self._logits, self._picked = stepped.logits.clone(), None if sampler is None else stepped.picked
+                    break
+                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
             except IntegrityError as error:
                 self._recover(error)
                 break

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -116,7 +116,7 @@ def write_json(out: TextIO, values: dict[str, Any]) -> None:
     out.write(json.dumps(values) + "\n")
 
 
-def write_table(out: TextIO, title: str, header: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+def write_table(out: IO[str], title: str, header: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
     """A title and a plain table, never cut to the width of a terminal."""
     made = Table(*header, box=None)
     for row in rows:

@@ -67,7 +67,8 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "generate --help", "plan -h", "calibrate --help", "sweep --help", "--version"]
+    "arguments",
+    ["--help", "generate --help", "plan -h", "calibrate --help", "sweep --help", "bench decode --help", "--version"],
 )
 def test_help_loads_no_torch(arguments: str) -> None:
     script = f"import sys; from kvoffload.cli import run; assert run({arguments.split()!r}) == 0; assert not " + (

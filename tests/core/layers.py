@@ -4,9 +4,10 @@ import torch
 from heads import CPU, geometry
 from kvoffload_storage import FileStore, MemoryStore, StoreShape
 
+from kvoffload.attention import prefill
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
-from kvoffload.attention.prefill import prefill, prepare
+from kvoffload.attention.prefill import prepare
 from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig, pairs
 from kvoffload.values import query_rows
@@ -33,8 +34,7 @@ def tokens(shape, n):
 def take_in(layer, query, keys, values, padding=None):
     """Prefill at once, as the seam does."""
     layer.anchors.padding = padding
-    layer.remember_queries(query)
-    prefill(layer, query, keys, values)
+    prefill.take_in(layer, query, keys, values, whole=False)
     prepare(layer)
     layer.store.flush()  # what is still in memory counts as read from there
 

@@ -7,9 +7,10 @@ from kvoffload_storage import MemoryStore, StoreShape, Ticket, WrapperStore
 from torch.testing import assert_close
 
 from kvoffload.attention import decode as decode_module
+from kvoffload.attention import prefill
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.decode import decode
-from kvoffload.attention.prefill import prefill, prepare, refill
+from kvoffload.attention.prefill import attend_chunk, prepare, refill
 from kvoffload.cache.slots import Staging
 from kvoffload.completion.gated import ABSTAIN
 from kvoffload.config import RuntimeConfig
@@ -44,8 +45,9 @@ def take_in(layer, query, keys, values, chunk=None):
     parts, n = [], keys.shape[1]
     for start in range(0, n, chunk or n):
         piece = slice(start, start + (chunk or n))
-        layer.remember_queries(query[:, :, piece])
-        parts.append(prefill(layer, query[:, :, piece], keys[:, piece], values[:, piece]))
+        given = query[:, :, piece], keys[:, piece], values[:, piece]
+        parts.append(attend_chunk(layer, *given))
+        prefill.take_in(layer, *given, whole=False)
     prepare(layer)
     return Partial(torch.cat([p.output for p in parts], 2), torch.cat([p.lse for p in parts], 2))
 

@@ -76,6 +76,11 @@ def calls(tree, name):
             ["kvoffload.server"],
             [],
         ),
+        (
+            [path for path in CORE.iterdir() if path.is_dir() and path.name not in ("bench", "__pycache__")],
+            ["kvoffload.bench"],
+            [],
+        ),
     ],
     ids=lambda value: "+".join(getattr(v, "name", str(v)) for v in value) if isinstance(value, list | tuple) else None,
 )

@@ -1,0 +1,1 @@
+"""``kvoffload bench``: the ceilings of this machine, our figures, and peers measured beside them in one process."""
