@@ -282,7 +282,7 @@ class Session:
 
     def _n_chunks(self, n_tokens: int) -> int:
         size = self.config.prefill_chunk or chunk_tokens(self.model, saved=self.autosave is not None)
-        return -(-n_tokens // size)
+        return self.ranks.largest(-(-n_tokens // size))  # devices of ranks need not have the same room
 
     def _forward(self, ids: Tensor) -> Tensor:
         self._computed += ids.shape[1]

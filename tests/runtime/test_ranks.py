@@ -57,6 +57,11 @@ def test_greedy_tokens_are_those_of_one_process(told, alone, kind, case):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ranks_with_less_room_make_all_prefill_in_smaller_chunks(told, alone, kind):
+    assert [rank["chunks"]["tokens"] for rank in told[kind]] == [alone["sparse"]["tokens"]] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_full_budget_is_dense(told, stock, kind):
     with torch.no_grad():
         dense = stock.model.generate(torch.tensor([PROMPT]), max_new_tokens=N_NEW, do_sample=False, pad_token_id=256)
