@@ -22,7 +22,7 @@ from kvoffload.models.step_graph import Replays, capture_of
 from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
-from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
+from kvoffload.runtime.ranks import with_rank_budget
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
@@ -50,12 +50,11 @@ class Session:
         self._fed_badly: BaseException | None = None
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
-        self.prompt_tokens = self._new_tokens = 0
+        self.prompt_tokens = self._new_tokens = self._n_steps = 0
         self.restored_tokens = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
         self._started_s = self._step_s = 0.0
-        self._n_steps = 0
         self._interrupt = Interrupt(ranks.largest)
         self._replays = Replays(model, capture_of(model.device) if config.replays_steps and not ranks.several else None)
         self._picked: Tensor | int | None = None  # the token that the newest step picked
@@ -76,7 +75,6 @@ class Session:
         """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
         another process. Pages that were saved before are not written again. Raises UsageError when another process
         writes to it or has saved there since this session was read."""
-        refuse_files(self.ranks)
         self.saved_as = save_session(self, Path(path), pinned=pinned)
 
     def cancel(self) -> None:
@@ -254,12 +252,6 @@ class Session:
             graph_steps=self._replays.count,
         )
 
-    def all_stats(self) -> Stats:
-        """What moved so far on all ranks; all of them have to ask. The same as ``stats`` where there is one."""
-        weight = sum(layer.geometry.rows for layer in self.cache.offloaded)
-        told = self.ranks.all((self.stats(), weight))
-        return merge_stats([stats for stats, _ in told], [weight for _, weight in told])
-
     def state_tensors(self) -> dict[str, Tensor]:
         """What a session file keeps beside the cache: the logits after the newest token, if it was fed already, and
         where sampling goes on."""
@@ -290,7 +282,7 @@ class Session:
 
     def _n_chunks(self, n_tokens: int) -> int:
         size = self.config.prefill_chunk or chunk_tokens(self.model, saved=self.autosave is not None)
-        return -(-n_tokens // size)
+        return self.ranks.largest(-(-n_tokens // size))  # devices of ranks need not have the same room
 
     def _forward(self, ids: Tensor) -> Tensor:
         self._computed += ids.shape[1]
