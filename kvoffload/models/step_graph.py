@@ -141,11 +141,11 @@ class Replays:
         """Steps that were replays."""
         return self._n_before + (0 if self.graph is None else self.graph.n_replays)
 
-    def step(self, cache: OffloadCache, token: int, sampler: Sampler | None) -> Stepped | None:
-        """Feed a token behind all others, and pick the next one; None, and nothing was done, where that cannot be."""
+    def step(self, cache: OffloadCache, ids: Tensor | int, sampler: Sampler | None = None) -> Stepped | None:
+        """As ``StepGraph.step``, behind what the cache holds."""
         if self.capture is None or not StepGraph.possible(cache):
             return None
         if self.graph is None or self.graph.cache is not cache:
             self._n_before = self.count
             self.graph = StepGraph(self._model, cache, self.capture)
-        return self.graph.step(token, cache.get_seq_length(), sampler)
+        return self.graph.step(ids, cache.get_seq_length(), sampler)

@@ -56,7 +56,7 @@ class Session:
         self._ttft_s: float | None = None
         self._started_s = self._step_s = 0.0
         self._interrupt = Interrupt(ranks.largest)
-        self._replays = Replays(model, capture_of(model.device) if config.replays_steps and not ranks.several else None)
+        self.replays = Replays(model, capture_of(model.device) if config.replays_steps and not ranks.several else None)
         self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
@@ -249,7 +249,7 @@ class Session:
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
-            graph_steps=self._replays.count,
+            graph_steps=self.replays.count,
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -314,7 +314,7 @@ class Session:
         for token in pending:
             try:
                 self._computed += 1
-                stepped = self._replays.step(self.cache, token, sampler) if len(pending) == 1 else None
+                stepped = self.replays.step(self.cache, token, sampler) if len(pending) == 1 else None
                 if stepped is not None:
                     self._logits, self._picked = stepped.logits.clone(), None if sampler is None else stepped.picked
                     break

@@ -33,7 +33,7 @@ def pair(open_session, ids):
     def build(n_prompt=N_PROMPT, **fields):
         sessions = [open_session(**(INDEXED | fields)) for _ in range(2)]
         if fields.get("cuda_graph") != "off":
-            sessions[0]._replays.capture = record
+            sessions[0].replays.capture = record
         for session in sessions:
             session.prefill(ids(n_prompt))
         return sessions
@@ -139,7 +139,7 @@ def test_what_cannot_be_captured_is_run_as_it_is(pair):
     def refuse(call, generators):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
-    replayed._replays.capture = refuse
+    replayed.replays.capture = refuse
     assert generated(replayed) == generated(plain)
     assert replayed.stats().graph_steps == 0
-    assert replayed._replays.graph.refusal == "operation not permitted when stream is capturing"
+    assert replayed.replays.graph.refusal == "operation not permitted when stream is capturing"
