@@ -94,17 +94,24 @@ class FixedSteps:
             layer.end_steps(layer.fixed.query, 1)
 
     def _is_stale(self) -> bool:
-        """Whether something else has been done to the layers than steps like these, or the budget buys more slices than
-        a selection has."""
+        """Whether something else has been done to the layers than steps like these, or the budget buys other selections
+        than theirs."""
         return self._n_tokens != self._layers[0].n_tokens or any(
-            part != (layer.fixed, layer.selector, layer.completion) or lists.n_slices > longest.n_slices
+            part != (layer.fixed, layer.selector, layer.completion) or not self._buys(layer, lists, longest)
             for layer, part, lists, longest in zip(self._layers, self._parts, self._lists, self._longest, strict=True)
         )
+
+    @staticmethod
+    def _buys(layer: LayerCache, lists: Lists, longest: Lists) -> bool:
+        """Whether the layer's steps can read these lists: all of a selection, or the first of each where it can say
+        how many."""
+        counted = layer.fixed is not None and layer.fixed.n_wanted is not None
+        return lists.length <= longest.length if counted else lists == longest
 
     def _fix(self, n_pages: int) -> bool:
         """Give all layers room for ``n_pages`` pages and some more."""
         n_places = self._reserved(n_pages) if self.possible(self._layers) else 0
-        if n_places < n_pages:
+        if n_places <= n_pages:  # also where there are no pages yet
             return False
         anchors = self._layers[0].anchors
         device = anchors.keys.device

@@ -152,7 +152,9 @@ class LayerCache:
         return self.store.n_pages(self.layer)
 
     def append(self, keys: Tensor, values: Tensor) -> Tensor | None:
-        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store and are given as by ``seal``."""
+        """Add tokens [rows, n, D], [rows, n, Dv]; pages that seal leave for the store and are given as by ``seal``.
+        Steps have no fixed shapes after this."""
+        self.fix(None)
         return self.seal(self.anchors.append(keys, values))
 
     def seal(self, pages: Pages | None) -> Tensor | None:

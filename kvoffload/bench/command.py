@@ -35,7 +35,8 @@ def run_decode(flags: Mapping[str, Any], config_file: Path | None, output: Outpu
     kv = PromptKv(model, plan.batch, plan.context)
     contenders = [ours("ours", model, config, kv), *peers(names, model, config, kv)]
     runner = DecodeBench(plan, bench.clock, bench.ceilings, bench.vocabulary)
-    errors = runner.gate(stock("dynamic", model, kv, offloading=False), contenders)
+    fused, eager = (stock("library", model, kv, offloading=False, eager=eager) for eager in (False, True))
+    errors = runner.gate(fused, eager, contenders)
     output.view.say("equal to dense with everything read: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
     report = DecodeReport(bench.loaded.name, plan, bench.ceilings, config.model_dump(mode="json"), errors)
     for contender in contenders:

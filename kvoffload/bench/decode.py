@@ -76,10 +76,10 @@ class DecodeBench:
         draws = torch.randint(vocabulary, (_GATE_STEPS, plan.batch, 1), generator=torch.Generator().manual_seed(1))
         self._ids = self._fed = draws.to(clock.device)
 
-    def gate(self, reference: Contender, contenders: list[Contender]) -> dict[str, float]:
+    def gate(self, reference: Contender, eager: Contender, contenders: list[Contender]) -> dict[str, float]:
         """Relative errors of those that claim to be exact; raises GateError where one is not."""
         exact = [c for c in contenders if c.exact_steps and not c.lacks]
-        errors = check(reference, exact, self._plan.gate_case, self._ids)
+        errors = check(reference, eager, exact, self._plan.gate_case, self._ids)
         self._clock.give_back()
         return errors
 

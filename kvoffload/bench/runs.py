@@ -66,7 +66,7 @@ class OurRun(Run):
 
     def __init__(self, model: Any, config: RuntimeConfig, kv: PromptKv, case: Case) -> None:
         switch_attention(model)
-        self._model, self._case = model, case
+        self._model = model
         if case.exactly:
             config = config.model_copy(update={"budget": FULL})
         self._tier = config.offload
@@ -90,8 +90,6 @@ class OurRun(Run):
         self._session.token_ids += [0] * (case.n_tokens - len(self._session.token_ids))
 
     def step(self, ids: Tensor) -> Tensor:
-        if self._case.n_sequences == 1:
-            return self._session.step(int(ids))[None]
         stepped = self._session.replays.step(self.cache, ids)
         return feed(self._model, self.cache, ids)[:, -1] if stepped is None else stepped.logits
 
@@ -119,7 +117,7 @@ class OurRun(Run):
         told = ("budget_tokens", "read_tokens_per_step", "charged_tokens_per_step", "hit_rate", "completion_mass")
         replays = self._session.replays
         refusal = "" if replays.graph is None else replays.graph.refusal
-        graph = {"graph_steps": replays.n_replays, "graph_refusal": refusal}
+        graph = {"graph_steps": replays.count, "graph_refusal": refusal}
         return {name: getattr(stats, name) for name in told} | {"index_host_bytes": stats.index_host_bytes, **graph}
 
     def _moved(self) -> int:
@@ -215,12 +213,12 @@ def dense(model: Any, kv: PromptKv) -> Contender:
     return Contender("dense", opened, exact_steps=1, is_dense=True)
 
 
-def stock(name: str, model: Any, kv: PromptKv, *, offloading: bool) -> Contender:
-    """transformers' DynamicCache, on the device or offloaded."""
+def stock(name: str, model: Any, kv: PromptKv, *, offloading: bool, eager: bool = False) -> Contender:
+    """transformers' DynamicCache, on the device or offloaded, with its fused attention or the eager one."""
 
     @contextmanager
     def opened(case: Case) -> Iterator[Run]:
-        with stock_attention(model):
+        with stock_attention(model, eager=eager):
             yield StockRun(model, kv, case, offloading=offloading)
 
     on_gpu = model.device.type == "cuda"

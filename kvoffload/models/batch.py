@@ -5,7 +5,9 @@ the layers of its own cache. A batch lasts for one forward, so sequences join an
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +28,25 @@ Failed = dict[int, BaseException]
 """What went wrong with which sequence of a batch."""
 
 
+@dataclass(frozen=True)
+class Fed:
+    """What feeding a token gave: logits [1, vocabulary], and the likeliest token where the host has it already."""
+
+    logits: Tensor
+    picked: int | None = None
+
+
 class BatchLayer(AttendingLayer):
     """The layers of several caches at one place of the model, which have KV already. A sequence that ``failed`` is left
-    alone in all later layers; zeros stand for what it would have attended to."""
+    alone in all later layers; zeros stand for what it would have attended to. Without ``failed`` errors are raised."""
 
-    def __init__(self, layers: Sequence[OffloadLayer], failed: Failed) -> None:
+    def __init__(
+        self, layers: Sequence[OffloadLayer], failed: Failed | None, branches: Sequence[torch.cuda.Stream] = ()
+    ) -> None:
         super().__init__()
-        self._layers, self._failed = layers, failed
+        self._branches = branches
+        self._layers, self._failed = layers, {} if failed is None else failed
+        self._kept_apart = () if failed is None else FAILURES
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         for i, layer in enumerate(self._layers):
@@ -48,11 +62,16 @@ class BatchLayer(AttendingLayer):
             if i not in self._failed:
                 try:
                     return layer.attend(query[own], key[own], value[own], None, scale=scale, softcap=softcap)
-                except FAILURES as error:
+                except self._kept_apart as error:
                     self._failed[i] = error
             return Partial.empty(query[i].float().unflatten(0, (key.shape[1], -1)), value.shape[-1])
 
-        parts = [attend_one(i, layer) for i, layer in enumerate(self._layers)]
+        parts = []
+        for i, layer in enumerate(self._layers):
+            with _branch(self._branches, i):
+                parts.append(attend_one(i, layer))
+        for stream in self._branches:
+            torch.cuda.current_stream(query.device).wait_stream(stream)
         return Partial(torch.cat([part.output for part in parts]), torch.cat([part.lse for part in parts]))
 
     def get_seq_length(self) -> int:
@@ -67,19 +86,37 @@ def can_batch(model: Any, config: RuntimeConfig) -> bool:
     return whole and _rotates_alone(model.config) and "position_ids" in inspect.signature(model.forward).parameters
 
 
-@torch.inference_mode()
-def feed_together(model: Any, caches: Sequence[OffloadCache], tokens: Sequence[int]) -> list[Tensor | BaseException]:
-    """Decode one token behind what each cache holds, in one forward; for each sequence the logits [1, vocabulary] after
-    it, or what went wrong with it alone. All must be such as ``can_batch`` says, and prefilled."""
-    failed: Failed = {}
+def batch_of(
+    caches: Sequence[OffloadCache], failed: Failed | None, branches: Sequence[torch.cuda.Stream] = ()
+) -> Cache:
+    """What a model is given for one forward of all of them. Their attention runs on these streams in turn: each waits
+    for the forward's own before and is waited for after, so that no memory is used again too early."""
     places = zip(*(cache.layers for cache in caches), strict=True)
-    batch = Cache(layers=[BatchLayer(layers, failed) for layers in places])
+    return Cache(layers=[BatchLayer(layers, failed, branches) for layers in places])
+
+
+@contextmanager
+def _branch(branches: Sequence[torch.cuda.Stream], i: int) -> Iterator[None]:
+    if not branches:
+        yield
+        return
+    stream = branches[i % len(branches)]
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+@torch.inference_mode()
+def feed_together(model: Any, caches: Sequence[OffloadCache], tokens: Sequence[int]) -> list[Fed | BaseException]:
+    """Decode one token behind what each cache holds, in one forward; for each sequence what it gave, or what went wrong
+    with it alone. All must be such as ``can_batch`` says, and prefilled."""
+    failed: Failed = {}
     device = model.device
     ids = torch.tensor(tokens, device=device)[:, None]
     positions = torch.tensor([cache.get_seq_length() for cache in caches], device=device)[:, None]
-    output = model(ids, past_key_values=batch, position_ids=positions, use_cache=True)
+    output = model(ids, past_key_values=batch_of(caches, failed), position_ids=positions, use_cache=True)
     logits: Tensor = output.logits[:, -1]
-    return [failed[i] if i in failed else logits[i : i + 1] for i in range(len(caches))]
+    return [failed[i] if i in failed else Fed(logits[i : i + 1]) for i in range(len(caches))]
 
 
 def _rotates_alone(model_config: Any) -> bool:

@@ -89,7 +89,6 @@ class OffloadLayer(AttendingLayer):
     def _attend(self, kv: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
         if self._cache.fixed:
             return _as_heads(kv, decode_fixed(kv, query_rows(q), k, v))
-        kv.fix(None)
         if self._cache.rectifies:
             return self._cache.intake.rectify(kv, q, k, v)
         one_by_one = q.shape[2] == 1 or self._cache.stepping

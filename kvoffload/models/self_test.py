@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UnsupportedModelError
-from kvoffload.models.batch import can_batch, feed_together
+from kvoffload.models.batch import Fed, can_batch, feed_together
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.hf import NAME, register
@@ -39,17 +39,28 @@ def check_parity(model: Any, config: RuntimeConfig) -> float:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, _N_TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
     before = switch_attention(model)
-    model.set_attn_implementation(own_attention(model, before))
-    expected = model(ids, use_cache=False).logits[0, -_N_STEPS - 1 :].float()
-    switch_attention(model)
+    expected = _own_logits(model, ids, own_attention(model, before))
     given = _through_cache(model, ids, config)
-    error = float((given - expected).abs().max() / expected.abs().max())
-    tolerance = _TOLERANCE[model.dtype]
+    error, tolerance = _difference(given, expected), _TOLERANCE[model.dtype]
+    if error > tolerance and model.dtype != torch.float32:  # many layers: the library's own attentions may differ more
+        tolerance = max(tolerance, 2 * _difference(_own_logits(model, ids, "eager"), expected))
     if not error <= tolerance:
         raise _refused(
             model, f"its logits differ by {error:.1e} of the largest logit at full budget (allowed: {tolerance:.0e})"
         )
     return error
+
+
+def _own_logits(model: Any, ids: Tensor, attention: str) -> Tensor:
+    """Logits of the newest tokens by the library's attention of that name; the model is left with ours."""
+    model.set_attn_implementation(attention)
+    logits: Tensor = model(ids, use_cache=False).logits[0, -_N_STEPS - 1 :].float()
+    switch_attention(model)
+    return logits
+
+
+def _difference(given: Tensor, expected: Tensor) -> float:
+    return float((given - expected).abs().max() / expected.abs().max())
 
 
 def _through_cache(model: Any, ids: Tensor, config: RuntimeConfig) -> Tensor:
@@ -86,7 +97,7 @@ def check_batches(model: Any, config: RuntimeConfig) -> float:
         if failed := [outcome for outcome in given if isinstance(outcome, BaseException)]:
             raise failed[0]
         expected = [feed(model, cache, ids.new_tensor([[t]]))[:, -1] for cache, t in zip(alone, (3, 5), strict=True)]
-    pairs = [(a.float(), b.float()) for a, b in zip(given, expected, strict=True) if isinstance(a, Tensor)]
+    pairs = [(a.logits.float(), b.float()) for a, b in zip(given, expected, strict=True) if isinstance(a, Fed)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 

@@ -15,7 +15,6 @@ from kvoffload_storage.errors import CapacityError
 from torch import Tensor
 
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
-from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
 from kvoffload.models.cache import OffloadCache, OffloadLayer
 from kvoffload.models.sampling import Sampler
@@ -118,28 +117,6 @@ class StepGraph:
         return Stepped(logits, logits.argmax(-1, keepdim=True) if sampler is None else sampler.pick(logits))
 
 
-class Replays:
-    """Steps of whatever cache there is now, by a graph of its own where the configuration and the device allow it; one
-    after another, with the cache's tokens as they are then."""
-
-    def __init__(self, model: Any, config: RuntimeConfig) -> None:
-        self._model = model
-        self.capture = capture_of(model.device) if config.replays_steps else None
-        self.graph: StepGraph | None = None
-
-    def step(self, cache: OffloadCache, ids: Tensor | int, sampler: Sampler | None = None) -> Stepped | None:
-        """As ``StepGraph.step``, behind what the cache holds."""
-        if self.capture is None or not StepGraph.possible(cache):
-            return None
-        if self.graph is None or self.graph.cache is not cache:
-            self.graph = StepGraph(self._model, cache, self.capture)
-        return self.graph.step(ids, cache.get_seq_length(), sampler)
-
-    @property
-    def n_replays(self) -> int:
-        return 0 if self.graph is None else self.graph.n_replays
-
-
 @contextmanager
 def _fixed(cache: OffloadCache) -> Iterator[None]:
     """Inside this block a forward of one token is the device's part of a step of fixed shapes."""
@@ -148,3 +125,27 @@ def _fixed(cache: OffloadCache) -> Iterator[None]:
         yield
     finally:
         cache.fixed = False
+
+
+class Replays:
+    """Feeds the tokens of whatever cache a session has by steps of fixed shapes, where that can be; nowhere without a
+    way to capture them."""
+
+    def __init__(self, model: Any, capture: Capture | None) -> None:
+        self._model, self.capture = model, capture
+        self.graph: StepGraph | None = None
+        self._n_before = 0  # replays of the graphs before this one
+
+    @property
+    def count(self) -> int:
+        """Steps that were replays."""
+        return self._n_before + (0 if self.graph is None else self.graph.n_replays)
+
+    def step(self, cache: OffloadCache, ids: Tensor | int, sampler: Sampler | None = None) -> Stepped | None:
+        """As ``StepGraph.step``, behind what the cache holds."""
+        if self.capture is None or not StepGraph.possible(cache):
+            return None
+        if self.graph is None or self.graph.cache is not cache:
+            self._n_before = self.count
+            self.graph = StepGraph(self._model, cache, self.capture)
+        return self.graph.step(ids, cache.get_seq_length(), sampler)

@@ -17,10 +17,11 @@ LayerKv = tuple[Tensor, Tensor]
 
 
 @contextmanager
-def stock_attention(model: Any) -> Iterator[None]:
-    """Inside this block the model attends as transformers would; afterwards as it did before."""
+def stock_attention(model: Any, *, eager: bool = False) -> Iterator[None]:
+    """Inside this block the model attends as transformers would, or without fused operators; afterwards as it did
+    before."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(own_attention(model, before))
+    model.set_attn_implementation("eager" if eager else own_attention(model, before))
     try:
         yield
     finally:

@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 
-from kvoffload.models.parallel import Ranks
-
 _CPU_TOKENS = 1024
 _SAVED_TOKENS = 8192  # between two saves of a prefill that can be broken off
 _LEAST_TOKENS = 1024
@@ -13,14 +11,13 @@ _STEP_TOKENS = 256
 _SHARE = 0.8  # of the free memory; the rest is for what allocators lose
 
 
-def chunk_tokens(model: Any, ranks: Ranks, *, saved: bool) -> int:
-    """As many as fit on every rank's device with everything that a layer's forward holds; fewer where the prefill is
-    ``saved`` after every chunk. On a CPU, where nothing is gained, few. All ranks have to ask."""
+def chunk_tokens(model: Any, *, saved: bool) -> int:
+    """As many as fit on the device with everything that a layer's forward holds; fewer where the prefill is ``saved``
+    after every chunk. On a CPU, where nothing is gained, few."""
     if model.device.type != "cuda":
         return _CPU_TOKENS
     per_token = activation_bytes(model.config.get_text_config(decoder=True), model.dtype.itemsize)
-    fitting = fitting_tokens(free_device_bytes(model.device), per_token, _SAVED_TOKENS if saved else None)
-    return int(min(ranks.all(fitting)))
+    return fitting_tokens(free_device_bytes(model.device), per_token, _SAVED_TOKENS if saved else None)
 
 
 def fitting_tokens(free_bytes: int, bytes_a_token: int, most: int | None = None) -> int:

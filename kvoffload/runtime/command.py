@@ -33,7 +33,7 @@ from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.limits import find_limits
 from kvoffload.runtime.plan import Plan, make_plan
 from kvoffload.runtime.prompt import prompt_ids, prompt_text
-from kvoffload.runtime.ranks import rank_config, refuse_files
+from kvoffload.runtime.ranks import all_stats, rank_config, refuse_files
 from kvoffload.runtime.session import Session
 from kvoffload.runtime.session_choice import FoundSession, find_session, has_session, open_session
 from kvoffload.runtime.terminal import ProgressView, plan_title, statistics_line, write_json, write_table
@@ -75,7 +75,7 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
         text = _stream(session, settings, out)
         if session.autosave is not None:
             session.save(session.autosave)
-        stats = session.all_stats()
+        stats = all_stats(session)
         session.ranks.leave()
     if stats.recomputed_pages:
         view.warn(f"{stats.recomputed_pages:,} damaged pages were dropped and computed again from their tokens")

@@ -10,12 +10,14 @@ from pydantic import ValidationError
 
 from kvoffload.config import RuntimeConfig, SamplingConfig, explain
 from kvoffload.errors import UsageError
+from kvoffload.models.batch_graph import BatchSteps
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
 from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.parallel import ALONE, Ranks, find_ranks, stage_layers
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
+from kvoffload.models.step_graph import capture_of
 from kvoffload.runtime.events import StreamEvent
 from kvoffload.runtime.ranks import rank_config, refuse_files, with_rank_budget
 from kvoffload.runtime.saving import (
@@ -92,7 +94,15 @@ class Runtime:
         """Feed the newest token of every session that has one in a single forward, where that can be done; their next
         step, whenever it comes, finds the logits there. One that fails tells so at that step, and no other does."""
         if self.shares_forwards:
-            feed_ahead(sessions)
+            feed_ahead(sessions, self.shared_steps)
+
+    @cached_property
+    def shared_steps(self) -> BatchSteps:
+        """How several sessions' forwards are made: as replays of a graph where the device and the configuration have
+        them."""
+        assert self.loaded is not None, "only a model of its own is decoded"
+        capture = capture_of(self.loaded.model.device) if self.config.replays_steps else None
+        return BatchSteps(self.loaded.model, capture)
 
     def stream_together(
         self, sessions: Sequence[Session], sampling: SamplingConfig | None = None

@@ -3,7 +3,7 @@ become those of all."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UsageError
@@ -11,10 +11,15 @@ from kvoffload.models.parallel import Ranks
 from kvoffload.runtime.stats import Stats
 from kvoffload.units import Budget
 
+if TYPE_CHECKING:
+    from kvoffload.runtime.session import Session
+
 _SUMS = frozenset(
     {"bytes_read", "decode_bytes_read", "refresh_bytes_read", "bytes_written", "resident_bytes", "index_host_bytes"}
 )
-_SAME = frozenset({"prompt_tokens", "new_tokens", "restored_tokens", "computed_tokens", "max_dropped_mass"})
+_SAME = frozenset(
+    {"prompt_tokens", "new_tokens", "restored_tokens", "computed_tokens", "max_dropped_mass", "graph_steps"}
+)
 _LARGEST = frozenset({"ttft_s", "tpot_ms", "disk_wait_ms", "recomputed_pages"})
 
 
@@ -60,6 +65,13 @@ def _check(config: RuntimeConfig, ranks: Ranks) -> None:
                          "freeze_from out")  # fmt: skip
     if ranks.pp_size > 1 and (policies or config.layer_budgets is not None):
         raise UsageError("policy, layer_budgets: these look at all layers, and pipeline stages have some of them each")
+
+
+def all_stats(session: "Session") -> Stats:
+    """What moved so far on all ranks; all of them have to ask. The same as ``session.stats`` where there is one."""
+    weight = sum(layer.geometry.rows for layer in session.cache.offloaded)
+    told = session.ranks.all((session.stats(), weight))
+    return merge_stats([stats for stats, _ in told], [weight for _, weight in told])
 
 
 def merge_stats(parts: Sequence[Stats], weights: Sequence[float]) -> Stats:

@@ -15,6 +15,7 @@ from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache_state import dump_cache, load_cache, rewind_cache
 from kvoffload.models.fingerprint import source_of, weights_hash
+from kvoffload.runtime.ranks import refuse_files
 from kvoffload.runtime.repair import go_back
 from kvoffload.runtime.session_file import (
     Description,
@@ -51,6 +52,7 @@ def fingerprint(model: Any, config: RuntimeConfig) -> Fingerprint:
 def save_session(session: "Session", path: Path, *, pinned: bool | None = None) -> SavedAs:
     """Save as FORMAT.md says. The right to write is taken for the save alone unless the session holds it already.
     Raises UsageError when another process has it, or saved there since the session was read."""
+    refuse_files(session.ranks)
     known = session.saved_as if session.saved_as and session.saved_as.path == path.absolute() else None
     tensors, layers = dump_cache(session.cache)
     tensors["token_ids"] = torch.tensor(session.token_ids, dtype=torch.int64)
@@ -158,7 +160,7 @@ def fill_with_prefix(session: "Session", bundle: Bundle, prompt: list[int]) -> i
         bundle.close()
     n_kept = session.cache.get_seq_length()
     session.token_ids = prompt[:n_kept]
-    session.note_restored()
+    session.restored_tokens = n_kept
     return n_kept
 
 

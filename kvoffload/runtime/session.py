@@ -12,20 +12,21 @@ from torch import Tensor
 from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
+from kvoffload.models.batch import Fed
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
-from kvoffload.models.step_graph import Replays
+from kvoffload.models.step_graph import Replays, capture_of
 from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
-from kvoffload.runtime.ranks import merge_stats, refuse_files, with_rank_budget
+from kvoffload.runtime.ranks import with_rank_budget
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
-from kvoffload.runtime.stats import Stats, collect, prefill_bytes
+from kvoffload.runtime.stats import Stats, bytes_moved, collect
 from kvoffload.units import Budget
 
 
@@ -49,15 +50,14 @@ class Session:
         self._fed_badly: BaseException | None = None
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
-        self.prompt_tokens = self._new_tokens = 0
-        self._restored = self._computed = 0
+        self.prompt_tokens = self._new_tokens = self._n_steps = 0
+        self.restored_tokens = self._computed = 0
         self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
         self._started_s = self._step_s = 0.0
-        self._n_steps = 0
         self._interrupt = Interrupt(ranks.largest)
-        self.replays = Replays(model, config)
-        self._picked: Tensor | None = None  # the token that the newest step picked
+        self.replays = Replays(model, capture_of(model.device) if config.replays_steps and not ranks.several else None)
+        self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +75,6 @@ class Session:
         """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
         another process. Pages that were saved before are not written again. Raises UsageError when another process
         writes to it or has saved there since this session was read."""
-        refuse_files(self.ranks)
         self.saved_as = save_session(self, Path(path), pinned=pinned)
 
     def cancel(self) -> None:
@@ -132,15 +131,14 @@ class Session:
     def _prefill_rest(self) -> Iterator[Progress]:
         pending = self.pending
         done, total = 0, len(pending)
-        size = self.config.prefill_chunk or chunk_tokens(self.model, self.ranks, saved=self.autosave is not None)
-        for chunk in torch.tensor(pending, device=self.model.device).tensor_split(-(-total // size)):
+        for chunk in torch.tensor(pending, device=self.model.device).tensor_split(self._n_chunks(total)):
             self._interrupt.check()
             self._prefill_chunk(chunk, whole=len(chunk) == total)
             done += len(chunk)
             if done == total:
                 self._prepare()
                 self.unfinished = False
-            yield Progress(done, total, prefill_bytes(self.cache.offloaded))
+            yield Progress(done, total, bytes_moved(self.cache.offloaded))
             if self.autosave is not None and done < total:
                 self.save(self.autosave)
 
@@ -149,11 +147,6 @@ class Session:
         frozen = frozen_states(self.model, self.cache.freezing, self.cache.get_seq_length())
         with self.cache.prefilling(whole=whole), frozen:
             self._logits = self._forward(chunk[None])
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        self._computed += ids.shape[1]
-        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1]  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def _prepare(self) -> None:
@@ -173,13 +166,14 @@ class Session:
         """The tokens that are not in the KV yet: the newest generated one, or a prompt's rest."""
         return self.token_ids[self.cache.get_seq_length() :]
 
-    def take_fed(self, outcome: Tensor | BaseException, took_s: float) -> None:
-        """The one pending token was fed from outside in ``took_s``, with these logits [1, vocabulary] after it; what
-        went wrong is told, or mended, by this session's next step."""
+    def take_fed(self, outcome: Fed | BaseException, took_s: float) -> None:
+        """The one pending token was fed from outside in ``took_s``; what went wrong is told, or mended, by this
+        session's next step."""
         if isinstance(outcome, BaseException):
             self._fed_badly = outcome
         else:
-            self._logits = outcome
+            self._logits = outcome.logits
+            self._picked = outcome.picked if self._sampler is not None and self._sampler.greedy else None
         self._computed, self._n_steps, self._step_s = self._computed + 1, self._n_steps + 1, self._step_s + took_s
 
     def step(self, token: int) -> Tensor:
@@ -251,18 +245,12 @@ class Session:
             tpot_ms=self._step_s / self._n_steps * 1000 if self._n_steps else None,
             bounded_bytes=self.cache.bounded_bytes,
             copied=(self.cache.copied_read, self.cache.copied_written),
-            restored_tokens=self._restored,
+            restored_tokens=self.restored_tokens,
             computed_tokens=self._computed,
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
-            graph_steps=self.replays.n_replays,
+            graph_steps=self.replays.count,
         )
-
-    def all_stats(self) -> Stats:
-        """What moved so far on all ranks; all of them have to ask. The same as ``stats`` where there is one."""
-        weight = sum(layer.geometry.rows for layer in self.cache.offloaded)
-        told = self.ranks.all((self.stats(), weight))
-        return merge_stats([stats for stats, _ in told], [weight for _, weight in told])
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a session file keeps beside the cache: the logits after the newest token, if it was fed already, and
@@ -279,14 +267,10 @@ class Session:
         self.token_ids, self.sampling = token_ids, sampling
         self.prompt_tokens, self.prompt_start = saved.prompt_tokens, saved.prompt_start
         self.unfinished = saved.unfinished or self.unfinished
-        self.note_restored()
+        self.restored_tokens = self.cache.get_seq_length()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
-
-    def note_restored(self) -> None:
-        """What the cache holds now came from a session file."""
-        self._restored = self.cache.get_seq_length()
 
     def _rng(self) -> Tensor | None:
         return self._generator if self._sampler is None else self._sampler.state
@@ -296,13 +280,21 @@ class Session:
             return list(self._tokenizer(prompt).input_ids)
         return prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
 
+    def _n_chunks(self, n_tokens: int) -> int:
+        size = self.config.prefill_chunk or chunk_tokens(self.model, saved=self.autosave is not None)
+        return self.ranks.largest(-(-n_tokens // size))  # devices of ranks need not have the same room
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        self._computed += ids.shape[1]
+        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]  # type: ignore[no-any-return]
+
     def _next_token(self, sampler: Sampler) -> int:
         started = time.perf_counter()
         behind = len(self.token_ids) - self.cache.get_seq_length()
         logits = self._catch_up(sampler)
         picked = sampler.pick(logits) if self._picked is None else self._picked
-        token = self.ranks.first(int(picked))
-        self._picked = None
+        token, self._picked = self.ranks.first(int(picked)), None
         self._step_s += (time.perf_counter() - started) * (behind > 0)
         self._n_steps += behind
         self.token_ids.append(token)
@@ -322,9 +314,11 @@ class Session:
         for token in pending:
             try:
                 self._computed += 1
-                if len(pending) > 1 or not self._replay(token, sampler):
-                    ids = torch.tensor([[token]], device=self.model.device)
-                    self._logits = feed(self.model, self.cache, ids)[:, -1]
+                stepped = self.replays.step(self.cache, token, sampler) if len(pending) == 1 else None
+                if stepped is not None:
+                    self._logits, self._picked = stepped.logits.clone(), None if sampler is None else stepped.picked
+                    break
+                self._logits = feed(self.model, self.cache, torch.tensor([[token]], device=self.model.device))[:, -1]
             except IntegrityError as error:
                 self._recover(error)
                 break
@@ -340,11 +334,3 @@ class Session:
         ttft_s = self._ttft_s
         self.finish_prefill()
         self._ttft_s = ttft_s
-
-    def _replay(self, token: int, sampler: Sampler | None) -> bool:
-        """Feed a token by a step of fixed shapes, which a graph replays, if that can be."""
-        if (stepped := self.replays.step(self.cache, token, sampler)) is None:
-            return False
-        self._logits = stepped.logits.clone()
-        self._picked = None if sampler is None else stepped.picked
-        return True

@@ -94,9 +94,9 @@ class Audited:
         return Audited(float(masses.mean()), None if target is None else float((masses <= target).float().mean()))
 
 
-def prefill_bytes(layers: Sequence[LayerCache]) -> int:
-    """What went to and came from the tiers, without what steps read; waits for the device."""
-    moved = [x.fetch.prefill.total() for x in layers] + [x.meter.written for x in layers]
+def bytes_moved(layers: Sequence[LayerCache]) -> int:
+    """What prefills read and everything that was written so far."""
+    moved = [layer.fetch.prefill.total() for layer in layers] + [layer.meter.written for layer in layers]
     return sum(m.cpu + m.nvme for m in moved)
 
 

@@ -7,12 +7,13 @@ from contextlib import ExitStack, closing
 import torch
 
 from kvoffload.config import SamplingConfig
-from kvoffload.models.batch import FAILURES, feed_together
+from kvoffload.models.batch import FAILURES
+from kvoffload.models.batch_graph import BatchSteps
 from kvoffload.runtime.events import StreamEvent
 from kvoffload.runtime.session import Session
 
 
-def feed_ahead(sessions: Sequence[Session]) -> None:
+def feed_ahead(sessions: Sequence[Session], steps: BatchSteps) -> None:
     """Feed the pending token of all that have exactly one, if there are two of them or more."""
     ready = [session for session in sessions if not session.unfinished and len(session.pending) == 1]
     if len(ready) < 2:
@@ -20,7 +21,7 @@ def feed_ahead(sessions: Sequence[Session]) -> None:
     model, started_s = ready[0].model, time.perf_counter()
     assert all(session.model is model for session in ready), "sessions of one model share a forward"
     try:
-        outcomes = feed_together(model, [s.cache for s in ready], [s.pending[0] for s in ready])
+        outcomes = steps.feed([s.cache for s in ready], [s.pending[0] for s in ready])
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
     except FAILURES as error:  # outside attention: it was everybody's forward

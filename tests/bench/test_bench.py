@@ -14,7 +14,7 @@ from kvoffload.bench import copies, disk
 from kvoffload.bench.ceilings import Ceilings, StepBytes, read_weight_bytes
 from kvoffload.bench.clock import Clock, Timing
 from kvoffload.bench.decode import DecodeBench, DecodePlan
-from kvoffload.bench.gate import GateError
+from kvoffload.bench.gate import GateError, compare
 from kvoffload.bench.kernels import kernels_of
 from kvoffload.bench.prompt_kv import PromptKv
 from kvoffload.bench.runs import FULL, Case, Contender, OurRun, Run, on_device, ours, selection_only, stock
@@ -153,6 +153,17 @@ def test_nothing_is_timed_where_the_gate_fails(which: str, kvoffload: Any, monke
     assert out == ""
     assert f"error: {which} differs from dense attention by" in err
     assert "ms a step" not in err
+
+
+def test_in_bf16_the_librarys_own_rounding_bounds_ours() -> None:
+    expected = torch.ones(2, 1, 100, dtype=torch.bfloat16)
+    given = expected.float() * 1.04
+    assert compare("ours", given, expected, rounding=0.03) == pytest.approx(0.04, rel=1e-3)
+    for rounding in (0.0, 0.02):
+        with pytest.raises(GateError, match="ours differs"):
+            compare("ours", given, expected, rounding)
+    with pytest.raises(GateError, match="ours differs"):
+        compare("ours", given, expected.float(), rounding=0.03)
 
 
 class Sized(Run):

@@ -122,19 +122,26 @@ def test_bad_flags_are_refused_before_weights_load(monkeypatch, capsys, argument
     assert err.count("\n") == 1
 
 
+def told(process, word):
+    """Wait for a line of stderr with this word."""
+    while word not in (line := process.stderr.readline()):
+        assert line, "it ended"
+
+
 def test_ctrl_c_ends_an_answer_and_not_the_chat():
     program = [sys.executable, "-m", "kvoffload", "chat", "-m", "tiny", "--max-new-tokens", "4000", "--no-self-test"]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    with subprocess.Popen(program, **pipes) as process:
         try:
             for line in (b"first\n", b"second\n"):
                 process.stdin.write(line)
-                process.stdin.flush()
-                assert process.stdout.read(4), "an answer has begun"
+                assert process.stdout.read(1), "an answer has begun"
                 process.send_signal(signal.SIGINT)
-                while b"cancelled" not in (told := process.stderr.readline()):
-                    assert told, "it ended"
+                told(process, b"cancelled")
+                process.stdin.write(b"/budget\n")
+                told(process, b"budget")
+                process.stdout.read(1 << 20)  # all of the first answer is there by now
             process.stdin.write(b"/stats\n/quit\n")
-            process.stdin.close()
             assert process.wait(60) == 0
             assert b"prompt tok" in process.stderr.read()
         finally:

@@ -13,7 +13,6 @@ from kvoffload.attention.behind import Behind
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
 from kvoffload.models.cache import OffloadCache
-from kvoffload.models.parallel import ALONE
 from kvoffload.models.self_test import switch_attention
 from kvoffload.runtime.chunks import activation_bytes, chunk_tokens, fitting_tokens
 
@@ -132,4 +131,4 @@ def test_a_chunk_is_what_fits_with_its_activations(model):
     assert fitting_tokens(100_000 * per_token, per_token) == 80_000 // 256 * 256
     assert fitting_tokens(100_000 * per_token, per_token, most=8192) == 8192
     assert fitting_tokens(per_token, per_token) == 1024
-    assert chunk_tokens(model, ALONE, saved=False) == 1024  # a CPU
+    assert chunk_tokens(model, saved=False) == 1024  # a CPU

@@ -120,3 +120,22 @@ def test_a_model_is_compared_with_attention_that_leaves_nothing_out(family, expe
 
 def test_the_tolerance_of_every_dtype_is_known():
     assert set(self_test._TOLERANCE) == {torch.float32, torch.float16, torch.bfloat16}
+
+
+def test_a_dense_reference_is_fused_also_where_our_attention_is_in_place():
+    model = family_model("llama")
+    switch_attention(model)
+    assert own_attention(model, switch_attention(model)) == "sdpa"
+
+
+def test_rounding_that_the_librarys_own_attentions_show_is_no_reason_to_refuse(monkeypatch):
+    model = family_model("llama").to(torch.bfloat16)
+    monkeypatch.setitem(self_test._TOLERANCE, torch.bfloat16, 1e-7)
+    monkeypatch.setattr(
+        self_test, "_own_logits", lambda model, ids, attention: torch.tensor([1.0, 1.03][attention == "eager"])
+    )
+    monkeypatch.setattr(self_test, "_through_cache", lambda model, ids, config: torch.tensor(1.05))
+    assert check_parity(model, RuntimeConfig()) == pytest.approx(0.05)
+    monkeypatch.setattr(self_test, "_through_cache", lambda model, ids, config: torch.tensor(1.07))
+    with pytest.raises(UnsupportedModelError, match=r"allowed: 6e-02"):
+        check_parity(model, RuntimeConfig())

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import KvoffloadError
 from kvoffload.models.catalog import load_model, resolve
 from kvoffload.models.parallel import find_ranks
+from kvoffload.runtime import session as session_module
 from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.ranks import all_stats
 
 PROMPT = list(range(200))
 N_NEW = 16
@@ -28,7 +31,7 @@ def run(session, sampling):
     session.prefill(PROMPT)
     tokens = [event.token for event in session.stream(sampling)]
     layer = session.cache.offloaded[0]
-    return {"tokens": tokens, "stats": session.all_stats().as_dict(), "folder": str(session.config.nvme_dir),
+    return {"tokens": tokens, "stats": all_stats(session).as_dict(), "folder": str(session.config.nvme_dir),
             "n_layers": session.cache.n_offloaded, "rows": layer.geometry.rows}  # fmt: skip
 
 
@@ -52,6 +55,17 @@ def interrupted(session):
     return [name for name, _ in found], session.generate(SamplingConfig(max_new_tokens=4))
 
 
+@contextmanager
+def uneven_room(rank):
+    """As if one rank's device had less memory left for a prefill than the other's."""
+    before = session_module.chunk_tokens
+    session_module.chunk_tokens = lambda *_, **__: 64 if rank else 200
+    try:
+        yield
+    finally:
+        session_module.chunk_tokens = before
+
+
 def check(pp_size, folder):
     loaded = load_model(resolve("tiny"), dtype="float32", device="cpu", ranks=find_ranks(pp_size))
 
@@ -62,6 +76,8 @@ def check(pp_size, folder):
     for name, fields in CASES.items():
         with runtime(**fields).session() as session:
             found[name] = run(session, greedy)
+    with runtime(**CASES["sparse"]).session() as session, uneven_room(session.ranks.rank):
+        found["chunks"] = run(session, greedy)
     tested = runtime(self_test=True)
     with tested.session() as session:
         found["unseeded"] = run(session, SamplingConfig(max_new_tokens=N_NEW, temperature=1.0))

@@ -123,6 +123,16 @@ def test_where_steps_cannot_be_replayed_they_are_ordinary(pair, fields):
     assert replayed.stats().graph_steps == 0
 
 
+def test_another_budget_is_kept_from_the_next_step_on(pair):
+    replayed, plain = pair(budget="40")
+    for budget in ("40", "8", "24", "10%"):
+        for session in (replayed, plain):
+            session.set_budget(budget)
+        assert generated(replayed, 6) == generated(plain, 6)
+    assert replayed.stats().decode_bytes_read == plain.stats().decode_bytes_read
+    assert replayed.stats().graph_steps > 10
+
+
 def test_what_cannot_be_captured_is_run_as_it_is(pair):
     replayed, plain = pair()
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from kvoffload.models.parallel import Ranks, find_ranks
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.limits import Limits
 from kvoffload.runtime.plan import make_plan
-from kvoffload.runtime.ranks import rank_config
+from kvoffload.runtime.ranks import merge_stats, rank_config
 
 KINDS = ("tensor", "pipeline")
 
@@ -53,6 +54,11 @@ def alone(loaded):
 @pytest.mark.parametrize("case", ["sparse", "bytes", "full", "files"])
 def test_greedy_tokens_are_those_of_one_process(told, alone, kind, case):
     assert [rank[case]["tokens"] for rank in told[kind]] == [alone[case]["tokens"]] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_with_less_room_make_all_prefill_in_smaller_chunks(told, alone, kind):
+    assert [rank["chunks"]["tokens"] for rank in told[kind]] == [alone["sparse"]["tokens"]] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,6 +164,21 @@ def test_a_rank_has_its_part_of_what_is_set_in_bytes():
     assert (part.nvme_max, part.cpu_max, part.nvme_dir) == (2 << 30, 1 << 29, Path("/x/rank-1"))
     for budget in ("5%", "2048"):
         assert rank_config(RuntimeConfig(budget=budget), Ranks(tp_size=4)).budget.amount == float(budget.strip("%"))
+
+
+def test_statistics_are_merged_by_what_they_are(open_session, ids):
+    """Bytes add up, shares are means over layers and heads, times are the slowest rank's."""
+    session = open_session()
+    session.prefill(ids(100))
+    session.generate(SamplingConfig(max_new_tokens=4))
+    one = session.stats()
+    other = replace(one, read_share=3 * one.read_share, tpot_ms=2 * one.tpot_ms, graph_steps=one.graph_steps)
+    both = merge_stats([one, other], [3, 1])
+    assert both.read_share == pytest.approx(1.5 * one.read_share)
+    assert both.tpot_ms == 2 * one.tpot_ms
+    assert both.decode_bytes_read == {tier: 2 * n for tier, n in one.decode_bytes_read.items()}
+    assert (both.resident_bytes, both.new_tokens, both.graph_steps) == (2 * one.resident_bytes, 4, one.graph_steps)
+    assert merge_stats([one], [1]) == one
 
 
 def test_a_plan_is_for_one_rank_beside_the_others_on_its_host():
