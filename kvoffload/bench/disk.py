@@ -104,11 +104,11 @@ def _ours(store: FileStore, n_pages: int, seconds: float) -> tuple[float, float]
     def ask(i: int) -> Ticket:
         return store.read_slices(0, torch.randint(0, n_pages, (n_batch,)), slices, out[i % 2])
 
-    started, used, coming = time.perf_counter(), _cpu_s(), ask(0)
-    while (took := time.perf_counter() - started) < seconds:
+    started, used, coming, took = time.perf_counter(), _cpu_s(), ask(0), 0.0
+    while took < seconds:
         ready, coming = coming, ask(n_read // n_batch + 1)
         ready.wait()
-        n_read += n_batch
+        n_read, took = n_read + n_batch, time.perf_counter() - started
     used = _cpu_s() - used
     coming.wait()
     return n_read * store.shape.page_bytes / took / 1e6, used / n_read * 1e6
