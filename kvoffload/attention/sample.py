@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
-from kvoffload.attention.stream import read_run
+from kvoffload.attention.stream import read_keys
 from kvoffload.values import KeySample
 
 _SAMPLE_TOKENS = 8192
@@ -17,15 +17,9 @@ def take_sample(layer: LayerCache, queries: Tensor, weights: Tensor, *, n_pages:
     device = layer.anchors.keys.device
     run = max(_RUN_TOKENS // layer.geometry.page_size, 1)
     n_runs = max(min(n_pages // run, _SAMPLE_TOKENS // _RUN_TOKENS), 1)
-    keys, valid = [], []
-    for i in range(n_runs):
-        first = i * n_pages // n_runs
-        n_taken = min(run, n_pages - first)
-        pages = read_run(layer, first, n_taken)
-        keys.append(pages.keys.flatten(1, 2).clone())  # a run is valid until the next one is asked for
-        ones = torch.ones_like(keys[-1][..., 0], dtype=torch.bool)
-        valid.append(ones if pages.valid is None else pages.valid.flatten(1))
+    firsts = [i * n_pages // n_runs for i in range(n_runs)]
+    keys, valid = read_keys(layer, [(first, min(run, n_pages - first)) for first in firsts])
     counted = queries.to(device).float() * layer.geometry.scale * weights.to(device)[:, None, :, None]
     moment = torch.einsum("grqd,grqe->gde", counted, counted) / queries.shape[1]
     n_queries = weights.to(device).sum(1).clamp_min(1)
-    return KeySample(torch.cat(keys, 1), torch.cat(valid, 1), moment / n_queries[:, None, None])
+    return KeySample(keys, valid, moment / n_queries[:, None, None])

@@ -1,18 +1,22 @@
 """Sealed pages of a layer on the device: those that are held there still, or streamed through it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
 from kvoffload.cache.fetch import Traffic, unpack_slices
 from kvoffload.values import Pages
 
 _BLOCK_TOKENS = 4096
+_BLOCK_ROW_TOKENS = 1 << 17  # on a GPU, where a block's launches cost more than its memory
 
 
 def stream(layer: LayerCache, traffic: Traffic | None = None) -> Iterator[Pages]:
     """The sealed pages of a layer in order, in blocks, with their padding known; prefill traffic where none is
     given."""
-    first, block = 0, max(_BLOCK_TOKENS // layer.geometry.page_size, 1)
+    first, block = 0, _block_pages(layer)
     if layer.held is not None:
         yield from (_held(layer, i, min(block, layer.n_pages - i)) for i in range(0, layer.n_pages, block))
         return
@@ -21,11 +25,22 @@ def stream(layer: LayerCache, traffic: Traffic | None = None) -> Iterator[Pages]
         first += pages.n_pages
 
 
-def read_run(layer: LayerCache, first: int, n_pages: int) -> Pages:
-    """A run of sealed pages with their padding known, as prefill traffic; valid until the next one is asked for."""
-    if layer.held is not None:
-        return _held(layer, first, n_pages)
-    return _padded(layer, first, layer.fetch.ask_pages(first, n_pages, layer.fetch.prefill)())
+def read_keys(layer: LayerCache, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    """Keys [rows, n, D] of several runs of sealed pages (first page, how many) side by side, as prefill traffic, and
+    which of these tokens count, bool [rows, n] (None: all)."""
+    masks = [layer.anchors.run_valid(*run) for run in runs]
+    valid = None if masks[0] is None else torch.cat([mask.flatten(1) for mask in masks if mask is not None], 1)
+    if layer.held is None:  # a run is valid until the next one is asked for
+        read = (layer.fetch.ask_pages(*run, layer.fetch.prefill)().keys.flatten(1, 2).clone() for run in runs)
+        return torch.cat(list(read), 1), valid
+    held = torch.cat([layer.held[first : first + n_pages] for first, n_pages in runs])
+    return unpack_slices(held, layer.geometry)[0].transpose(0, 1).flatten(1, 2), valid
+
+
+def _block_pages(layer: LayerCache) -> int:
+    on_gpu = layer.anchors.keys.is_cuda
+    n_tokens = max(_BLOCK_ROW_TOKENS // layer.geometry.rows, _BLOCK_TOKENS) if on_gpu else _BLOCK_TOKENS
+    return max(n_tokens // layer.geometry.page_size, 1)
 
 
 def _held(layer: LayerCache, first: int, n_pages: int) -> Pages:

@@ -63,11 +63,15 @@ class RegressionCompletion(Completion):
     def _n_features(self) -> int:
         return self._geometry.key_dim
 
-    def _features(self, start: int, stop: int) -> Tensor:
-        """What values are regressed on, of tokens start .. stop - 1: fp32 [rows, stop - start, F] on the index's
-        device."""
+    def _keys(self, start: int, stop: int) -> Tensor:
+        """The restored keys of tokens start .. stop - 1, fp32 [rows, stop - start, D]."""
         assert self.index is not None, "built without an index"
-        return self.index.keys(start, stop)
+        return self.index.keys(start, stop).to(self._device)
+
+    def _features(self, keys: Tensor, start: int) -> Tensor:
+        """What values are regressed on, fp32 [rows, n, F], of the tokens from ``start`` on whose restored keys these
+        are."""
+        return keys
 
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
         rows, width, value_dim = self._geometry.rows, 1 + self._n_features, self._geometry.value_dim
@@ -110,9 +114,9 @@ class RegressionCompletion(Completion):
 
     def _add(self, values: Tensor, log_valid: Tensor) -> None:
         """Take the next tokens into the moments: values fp32 [rows, n, Dv], 0 or -inf [rows, n]."""
-        assert self.index is not None, "built without an index"
         start, stop = self._n_tokens, self._n_tokens + values.shape[1]
-        keys, features = self.index.keys(start, stop).to(self._device), self._features(start, stop).to(self._device)
+        keys = self._keys(start, stop)
+        features = self._features(keys, start)
         self._centre_on(features, log_valid.exp())
         logits = (keys @ self._anchor[..., None])[..., 0] + log_valid
         self._rescale(torch.maximum(self._log_scale, logits.amax(-1)))

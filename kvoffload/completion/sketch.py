@@ -73,9 +73,9 @@ class SketchCompletion(RegressionCompletion):
     def _n_features(self) -> int:
         return self._geometry.key_dim + self._geometry.value_dim
 
-    def _features(self, start: int, stop: int) -> Tensor:
+    def _features(self, keys: Tensor, start: int) -> Tensor:
         assert self._rests is not None, "values are still waiting"
-        return torch.cat([super()._features(start, stop), self._rests.keys(start, stop)], -1)
+        return torch.cat([keys, self._rests.keys(start, start + keys.shape[1]).to(keys.device)], -1)
 
     def _mean_features(self, query: Tensor, fetched: Fetched) -> Partial:
         assert self._rests is not None, "values are still waiting"
@@ -135,7 +135,7 @@ class SketchCompletion(RegressionCompletion):
 
     def _start(self, values: Tensor, log_valid: Tensor) -> None:
         """The first fit, and the transform of what it leaves, from the tokens that waited."""
-        keys = super()._features(0, values.shape[1]).to(self._device)
+        keys = self._keys(0, values.shape[1])
         weights = log_valid.exp()[..., None] / log_valid.exp().sum(1)[:, None, None].clamp_min(1)
         self._first_centre = (keys * weights).sum(1, keepdim=True)
         x = torch.cat([torch.ones_like(weights), keys - self._first_centre], -1)
@@ -147,8 +147,8 @@ class SketchCompletion(RegressionCompletion):
     def _code(self, values: Tensor, log_valid: Tensor) -> None:
         """Code the next tokens' values, and take the tokens into the moments."""
         assert self._rests is not None, "coded before the first fit"
-        start, stop = self._n_tokens, self._n_tokens + values.shape[1]
-        keys = super()._features(start, stop).to(self._device)
+        start = self._n_tokens
+        keys = self._keys(start, start + values.shape[1])
         rests = values - (keys - self._first_centre) @ self._first_map[:, 1:] - self._first_map[:, :1]
         self._rests.absorb(Pages(rests[:, None], rests[:, None], None))
         self._add(values, log_valid)

@@ -1,14 +1,12 @@
 """The same partial through torch's fused attention, which also returns the log-sum-exp (private ATen operators)."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _CUDA_HALF = (torch.bfloat16, torch.float16)
-_CUDNN_TOKENS = 8192
+_CUDNN_TOKENS = 16384
 _BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -32,10 +30,14 @@ def supports_causal(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 def attend_causal(query: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
     """Causal attention of tokens that nothing comes before, in the input's dtype: query [B, H, Q, D], keys and values
     [B, G, Q, D] to [B, H, Q, D]; no log-sum-exp, and whichever kernel of torch's is the fastest."""
-    gqa = query.shape[1] != keys.shape[1]
-    causal = query.shape[2] > 1
-    with sdpa_kernel(_BACKENDS, set_priority=True) if _prefers_cudnn(query) else nullcontext():
+    group, causal = query.shape[1] // keys.shape[1], query.shape[2] > 1
+    if not _prefers_cudnn(query):
+        gqa = group > 1
         return F.scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scale, enable_gqa=gqa)
+    if group > 1:  # cuDNN's is not offered heads that are shared
+        keys, values = (t.repeat_interleave(group, 1) for t in (keys, values))
+    with sdpa_kernel(_BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scale)
 
 
 def _prefers_cudnn(query: Tensor) -> bool:

@@ -59,17 +59,20 @@ def fit(covariance: Tensor, query_moment: Tensor) -> tuple[Tensor, Tensor]:
 
     With M = L L^T the (shrunken) query moment, an error e of a key costs e^T M e on average; so L^T k is diagonalised
     and its principal channels are scaled to unit variance, largest first: c = (k - mean) A, k = mean + c S^T.
+
+    Worked out on the host: a GPU diagonalises matrices of this size one after another, several times more slowly
+    (pytorch/pytorch#174674).
     """
-    size = covariance.shape[-1]
-    moment = _shrunken(query_moment.double(), _SHRINK)
-    covariance = _ridged(covariance.double(), _RIDGE)
+    size, device = covariance.shape[-1], covariance.device
+    moment = _shrunken(query_moment.double().cpu(), _SHRINK)
+    covariance = _ridged(covariance.double().cpu(), _RIDGE)
     root = torch.linalg.cholesky_ex(moment).L
     variance, axes = torch.linalg.eigh(root.mT @ covariance @ root)
     variance, axes = variance.flip(-1).clamp_min(torch.finfo(torch.float64).tiny), axes.flip(-1)
     deviation = variance.sqrt()[:, None]
     analysis = root @ axes / deviation
-    inverse = torch.linalg.solve_triangular(root.mT, torch.eye(size, dtype=root.dtype, device=root.device), upper=True)
-    return analysis.float(), (inverse @ axes * deviation).float()
+    inverse = torch.linalg.solve_triangular(root.mT, torch.eye(size, dtype=root.dtype), upper=True)
+    return analysis.float().to(device), (inverse @ axes * deviation).float().to(device)
 
 
 Levels = tuple[Tensor, Tensor, Tensor]
