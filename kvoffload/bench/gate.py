@@ -30,7 +30,7 @@ def check(
     for contender in contenders:
         n = min(len(ids), contender.exact_steps)
         given = _opened(contender, case, ids[:n])
-        errors[contender.name] = compare(contender.name, given, expected[:n], _distance(rounded[:n], expected[:n]))
+        errors[contender.name] = compare(contender.name, given, expected[:n], distance(rounded[:n], expected[:n]))
     return errors
 
 
@@ -49,7 +49,7 @@ def compare(name: str, given: Tensor, expected: Tensor, rounding: float = 0.0) -
     tolerance = TOLERANCE[expected.dtype]
     if expected.dtype != torch.float32:
         tolerance = max(tolerance, OF_ROUNDING * rounding)
-    error = _distance(given, expected)
+    error = distance(given, expected)
     if not error <= tolerance:
         raise GateError(
             f"{name} differs from dense attention by {error:.1e} of the logits with everything read (allowed: "
@@ -60,6 +60,7 @@ def compare(name: str, given: Tensor, expected: Tensor, rounding: float = 0.0) -
     return error
 
 
-def _distance(given: Tensor, expected: Tensor) -> float:
+def distance(given: Tensor, expected: Tensor) -> float:
+    """Of logits [n, B, vocabulary], the largest of all as a share of the norm."""
     difference, norm = (t.float().norm(dim=-1) for t in (given.float() - expected.float(), expected))
     return float((difference / norm).max())

@@ -29,11 +29,10 @@ def stock_attention(model: Any, *, eager: bool = False) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def prefill_stock(model: Any, ids: Tensor, *, cache: Any = None, chunk: int | None = None) -> tuple[Tensor, Any]:
-    """Logits [B, vocabulary] after int64 [B, N] by the library's attention, and its cache (a new one where none is
-    given)."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    with stock_attention(model):
+def prefill_stock(model: Any, ids: Tensor, *, chunk: int | None = None, eager: bool = False) -> tuple[Tensor, Any]:
+    """Logits [B, vocabulary] after int64 [B, N] by the library's attention, fused or eager, and its cache."""
+    cache = DynamicCache(config=model.config)
+    with stock_attention(model, eager=eager):
         for part in ids.split(chunk or ids.shape[1], dim=1):
             logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1], cache
