@@ -66,6 +66,7 @@ def generate(
     dropped_mass_cap: flags.DroppedMassCap = None, audit: flags.Audit = None,
     gate: flags.Gate = None, gate_queries: flags.GateQueries = None, gate_margin: flags.GateMargin = None,
     gate_recheck: flags.GateRecheck = None, reanchor: flags.Reanchor = None, pool: flags.Pool = None,
+    head_floor: flags.HeadFloor = None, head_cap: flags.HeadCap = None,
     layer_budgets: flags.LayerBudgets = None, sinks: flags.Sinks = None, recent: flags.Recent = None,
     page_size: flags.PageSize = None, index: flags.Index = None, gpu_cache: flags.GpuCache = None,
     pp_size: flags.PpSize = None,

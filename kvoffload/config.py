@@ -147,6 +147,8 @@ class RuntimeConfig(BaseModel):
     gate_recheck: OptionalSteps = None
     reanchor: OptionalSteps = 1024
     pool: Literal["layer", "none"] = "layer"
+    head_floor: float = Field(default=0.0, ge=0.0, le=1.0)
+    head_cap: Annotated[Annotated[float, Field(ge=1)] | None, *_word_for_none("off")] = None
     layer_budgets: Path | None = None
     sinks: int = Field(default=16, ge=0)
     recent: int = Field(default=64, ge=1)
@@ -242,7 +244,8 @@ class RuntimeConfig(BaseModel):
         waits = self.policy or self.gate or self.audit is not None or self.max_dropped_mass is not None
         fixed = self.selector.holds and all(completion.holds for completion in self.completion)
         on_device = self.offload != "nvme" and self.index == "device"
-        return self.cuda_graph == "auto" and fixed and on_device and not waits
+        free = self.head_floor == 0 and self.head_cap is None
+        return self.cuda_graph == "auto" and fixed and on_device and free and not waits
 
     @property
     def effective_budget(self) -> Budget:

@@ -98,6 +98,10 @@ Pool = Annotated[
     str | None,
     flag("--pool", help="layer: one budget for all kv heads of a layer; none: one each.", default="layer"),
 ]
+HeadFloor = Annotated[
+    float | None, flag("--head-floor", help="Of a kv head's equal part of --pool layer, what it gets for certain.")
+]
+HeadCap = Annotated[str | None, flag("--head-cap", help="And at most, in multiples of it; or off.")]
 LayerBudgets = Annotated[
     Path | None, flag("--layer-budgets", help="Shares of the budget by layer, made by kvoffload calibrate --by-layer.")
 ]

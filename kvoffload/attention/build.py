@@ -24,6 +24,7 @@ from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
 from kvoffload.policies.accuracy import Audit, BoundedMass
 from kvoffload.policies.base import Depth, Policy
+from kvoffload.selection.topk import HeadBounds
 from kvoffload.units import Budget
 
 
@@ -101,6 +102,7 @@ def build_layer(
         index_on_host=config.index == "cpu" or config.selector.reads_slow_tier,
     )
     cache.gate, cache.reading = gate, SelectedPages()
+    cache.head_bounds = HeadBounds(config.head_floor, config.head_cap)
     cache.prefetch = prefetch or cache.prefetch
     cache.fetch.patience_s = config.fetch_ms / 1000 if config.fetch == "deadline" else None
     rebuild = Rebuild(

@@ -18,7 +18,7 @@ from kvoffload.completion.base import Completion
 from kvoffload.completion.gated import GatedCompletion
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector
-from kvoffload.selection.topk import Pool, select_top
+from kvoffload.selection.topk import UNBOUNDED, Pool, select_top
 from kvoffload.units import Budget
 from kvoffload.values import Pages, Selection, by_row
 
@@ -135,6 +135,7 @@ class LayerCache:
         self.anchored: Anchored | None = None  # where summaries were rebuilt since
         self.gate: GatedCompletion | None = None
         self.upkeep: tuple[Upkeep, ...] = ()
+        self.head_bounds = UNBOUNDED
         self.prefetch = Prefetch(0.0)
         self.chooser: Chooser = TopK()
         self.page_filter: PageFilter | None = None
@@ -178,6 +179,7 @@ class LayerCache:
         """Whether steps can have fixed shapes as this layer is now; it has pages then."""
         parts = (self.reading, self.chooser, self.fetch, self.selector, self.completion)
         plain = self.page_filter is None and self.gate is None and not self.index_on_host
+        plain = plain and self.head_bounds == UNBOUNDED  # a list that is not read to its end would be another one
         return self.ready and plain and self.n_pages > 0 and all(part.can_hold for part in parts)
 
     def fix(self, fixed: Fixed | None) -> None:
@@ -241,6 +243,7 @@ class LayerCache:
             pool=self.pool,
             n_queries=scores.shape[0] // self.geometry.rows,
             n_wanted=None if fixed is None else fixed.n_wanted,
+            bounds=self.head_bounds,
         )
 
     def ask(self, selection: Selection) -> list[Arrival]:

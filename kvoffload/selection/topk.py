@@ -1,6 +1,7 @@
 """Top-K of pages under a budget that the kv heads of a layer may share."""
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +9,28 @@ from torch import Tensor
 from kvoffload.values import Selection
 
 Pool = Literal["layer", "none"]
+_FIRST = 1e6  # comes before every log share
+
+
+class HeadBounds(NamedTuple):
+    """What one of the kv heads that share a list gets of it, in multiples of its equal part: ``floor`` for certain,
+    ``cap`` at most (None: all of it)."""
+
+    floor: float = 0.0
+    cap: float | None = None
+
+    def hold(self, shares: Tensor, part: float) -> Tensor:
+        """Log shares [..., P] of each head for equal parts of ``part`` pages, changed so that their order keeps to the
+        bounds: the first pages of a head come before all others, those past its cap are out (-inf)."""
+        if self == UNBOUNDED:
+            return shares
+        n_cap = shares.shape[-1] if self.cap is None else min(math.ceil(self.cap * part), shares.shape[-1])
+        best = shares.topk(n_cap, dim=-1)
+        first = torch.arange(n_cap, device=shares.device) < int(self.floor * part)
+        return torch.full_like(shares, -torch.inf).scatter(-1, best.indices, best.values + _FIRST * first)
+
+
+UNBOUNDED = HeadBounds()
 
 
 def page_shares(scores: Tensor, anchor_lse: Tensor) -> Tensor:
@@ -42,14 +65,16 @@ def select_top(
     pool: Pool,
     n_queries: int = 1,
     n_wanted: Tensor | None = None,
+    bounds: HeadBounds = UNBOUNDED,
 ) -> Selection:
     """The ``n_slices`` slices of each sequence and query with the largest share of the total mass, summed over a
     group's query heads.
 
     scores are log masses fp32 [rows * Q, R, P], anchor_lse [rows * Q, R], both in query rows, as are the ids that come
     out. A head's share of a page is e^(score - z) with z over anchors and pages together. With pool "layer" the kv
-    heads of a sequence compete for the slices of one query; with "none" each gets its equal part. Fixed output size for
-    fixed arguments; no host round trip. With ``n_wanted`` int64 [] only so many of each list are wanted.
+    heads of a sequence compete for the slices of one query, within ``bounds``; with "none" each gets its equal part.
+    Fixed output size for fixed arguments; no host round trip. With ``n_wanted`` int64 [] only so many of each list are
+    wanted.
     """
     n_pages = scores.shape[-1]
     n_heads = scores.shape[0] // (n_sequences * n_queries)
@@ -57,6 +82,8 @@ def select_top(
     query_rows = torch.arange(shares.shape[:3].numel(), device=scores.device).view(n_sequences, n_heads, n_queries)
     n_lists, k = list_sizes(n_slices, n_pages, n_heads, pool)
     lists = (n_sequences, n_lists, n_heads // n_lists, n_queries)
+    if pool == "layer":
+        shares = bounds.hold(shares, k / n_heads)
     shares = shares.view(*lists, n_pages).transpose(2, 3).flatten(3)
     query_rows = query_rows.view(lists).transpose(2, 3)
     chosen = shares.topk(k, dim=-1, sorted=n_wanted is not None).indices  # [B, lists of a sequence, Q, k]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kvoffload.selection.topk import select_top
+from kvoffload.selection.topk import HeadBounds, select_top
 
 ROWS, GROUP, PAGES = 6, 3, 11  # three sequences of two kv heads, or one of six
 
@@ -117,3 +117,36 @@ def test_of_each_list_only_the_best_are_wanted(pool, n_wanted):
     found = zip(given.row_ids[given.wanted].tolist(), given.page_ids[given.wanted].tolist(), strict=True)
     assert len(given) == 3 * n_lists * 5
     assert set(found) == pairs(expected)
+
+
+def bounded(bounds, n_slices=18, shift=0.0):
+    """A selection of one sequence of six heads, of which all but the first have ``shift`` nats less in every page."""
+    scores, anchor_lse = inputs()
+    scores[1:] -= shift
+    given = select_top(scores, anchor_lse, n_sequences=1, n_slices=n_slices, pool="layer", bounds=bounds)
+    return scores, anchor_lse, given
+
+
+@pytest.mark.parametrize("shift", [0.0, 20.0, -20.0])
+def test_a_floor_leaves_every_head_its_best_pages(shift):
+    scores, anchor_lse, given = bounded(HeadBounds(floor=0.67), shift=shift)
+    assert len(pairs(given)) == 18
+    for row in range(ROWS):
+        assert best(scores, anchor_lse, [row], 2) <= pairs(given)
+
+
+def test_a_cap_bounds_every_head_and_gives_the_rest_to_the_others():
+    scores, anchor_lse, given = bounded(HeadBounds(cap=1.34), shift=20.0)
+    assert torch.bincount(given.row_ids, minlength=ROWS).tolist()[0] == 5  # 1.34 * 3, rounded up
+    assert len(pairs(given)) == 18
+    assert best(scores, anchor_lse, [0], 5) <= pairs(given)
+
+
+def test_a_floor_and_a_cap_of_one_are_no_pool():
+    scores, anchor_lse, given = bounded(HeadBounds(floor=1.0, cap=1.0))
+    assert pairs(given) == pairs(select_top(scores, anchor_lse, n_sequences=1, n_slices=18, pool="none"))
+
+
+@pytest.mark.parametrize("bounds", [HeadBounds(floor=1.0), HeadBounds(cap=1.0), HeadBounds(0.5, 2.0)])
+def test_bounds_leave_a_full_budget_alone(bounds):
+    assert len(pairs(bounded(bounds, n_slices=1000)[2])) == ROWS * PAGES
