@@ -12,6 +12,7 @@ from kvoffload_kernels.dense_attention import reference as dense
 from kvoffload_kernels.gather import reference as gather
 from kvoffload_kernels.merge import reference as merge
 from kvoffload_kernels.page_scores import reference as page_scores
+from kvoffload_kernels.page_shares import reference as page_shares
 from kvoffload_kernels.sparse_decode import reference as sparse_decode
 from kvoffload_kernels.transform_code import reference as transform_code
 from kvoffload_kernels.transform_code.reference import Levels
@@ -183,6 +184,16 @@ def merge_parts(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
         if kernel.supported(outputs, lses):
             return kernel.merge_parts(outputs, lses)
     return merge.merge_parts(outputs, lses)
+
+
+def share_pages(scores: Tensor, anchor_lse: Tensor) -> Tensor:
+    """``page_shares.reference.share_pages``."""
+    if _verified("page_shares", scores):
+        from kvoffload_kernels.page_shares import kernel
+
+        if kernel.supported(scores):
+            return kernel.share_pages(scores, anchor_lse)
+    return page_shares.share_pages(scores, anchor_lse)
 
 
 def assign_slots(wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvoffload_kernels.dispatch import share_pages
 from torch import Tensor
 
-from kvoffload.selection.topk import page_shares
 from kvoffload.values import Selection
 
 if TYPE_CHECKING:
@@ -56,4 +56,4 @@ class TopK(Chooser):
         return layer.select_top(layer.filtered(scores), anchor_lse), scores
 
     def rank(self, layer: "LayerCache", scores: Tensor, anchor_lse: Tensor) -> Tensor:
-        return page_shares(layer.filtered(scores), anchor_lse.to(scores.device))
+        return share_pages(layer.filtered(scores), anchor_lse.to(scores.device))

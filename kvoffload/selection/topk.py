@@ -4,6 +4,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from kvoffload_kernels.dispatch import share_pages
 from torch import Tensor
 
 from kvoffload.values import Selection
@@ -31,13 +32,6 @@ class HeadBounds(NamedTuple):
 
 
 UNBOUNDED = HeadBounds()
-
-
-def page_shares(scores: Tensor, anchor_lse: Tensor) -> Tensor:
-    """Each page's log share of the total mass, summed over the query heads of a row: log masses fp32 [rows, R, P] and
-    those of the anchors [rows, R] to fp32 [rows, P]."""
-    total = torch.logaddexp(scores.logsumexp(-1), anchor_lse)
-    return (scores - total[..., None]).logsumexp(1)
 
 
 def take_best(ranking: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +72,7 @@ def select_top(
     """
     n_pages = scores.shape[-1]
     n_heads = scores.shape[0] // (n_sequences * n_queries)
-    shares = page_shares(scores, anchor_lse).view(n_sequences, n_heads, n_queries, n_pages)
+    shares = share_pages(scores, anchor_lse).view(n_sequences, n_heads, n_queries, n_pages)
     query_rows = torch.arange(shares.shape[:3].numel(), device=scores.device).view(n_sequences, n_heads, n_queries)
     n_lists, k = list_sizes(n_slices, n_pages, n_heads, pool)
     lists = (n_sequences, n_lists, n_heads // n_lists, n_queries)

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from heads import geometry
+from kvoffload_kernels.page_shares.reference import share_pages
 from kvoffload_storage import TracingStore
 from streams import ar1, filled, pairs_of, steps, stream, watch_selections
 from torch.testing import assert_close
@@ -14,7 +15,7 @@ from kvoffload.policies.hshare import pair_heads
 from kvoffload.policies.prhs import first_position
 from kvoffload.policies.reuse import Dilation, QueryGate, Reusing
 from kvoffload.policies.tokenselect import Votes
-from kvoffload.selection.topk import page_shares, take_best
+from kvoffload.selection.topk import take_best
 
 N_PROMPT, N_NEW, BLOCK = 300, 40, 8
 KINDS = ["prhs:block=8,tau=-1", "prhs", "hshare", "tokenselect", "tokenselect:tau=-1", "refresh", "retro:window=1"]
@@ -96,7 +97,7 @@ def test_dilated_sets_keep_nine_tenths_of_the_oracles_mass_and_beat_random_extra
 def masses_of(query, keys):
     """Log shares of pages [rows, P] for queries [rows, 1, D]."""
     logits = torch.einsum("grd,gpsd->grps", query, keys) / keys.shape[-1] ** 0.5
-    return page_shares(logits.logsumexp(-1), torch.full(query.shape[:2], -torch.inf))
+    return share_pages(logits.logsumexp(-1), torch.full(query.shape[:2], -torch.inf))
 
 
 def pairs(row_ids, page_ids):
