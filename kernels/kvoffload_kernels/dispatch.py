@@ -68,6 +68,26 @@ def attend_slices(
     return sparse_decode.attend_slices(query, keys, values, row_ids, valid, softcap)
 
 
+def fuses_rows(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether ``attend_rows`` is one kernel for these."""
+    if not _verified("sparse_decode", query):
+        return False
+    from kvoffload_kernels.sparse_decode import kernel
+
+    return kernel.supports_rows(query, keys, values)
+
+
+def attend_rows(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """``sparse_decode.reference.attend_rows``."""
+    if fuses_rows(query, keys, values):
+        from kvoffload_kernels.sparse_decode import kernel
+
+        return kernel.attend_rows(query, keys, values, seen, softcap)
+    return sparse_decode.attend_rows(query, keys, values, seen, softcap)
+
+
 def fuses_quantized(query: Tensor, codes: Tensor, page_size: int) -> bool:
     """Whether the two functions below make no token's logit."""
     if not _verified("page_scores", query):

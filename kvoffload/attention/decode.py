@@ -2,7 +2,7 @@
 
 import torch
 from kvoffload_kernels.dense_attention.reference import soft_cap
-from kvoffload_kernels.dispatch import attend_slices
+from kvoffload_kernels.dispatch import attend_rows, attend_slices, fuses_rows
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
@@ -15,22 +15,21 @@ def decode(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Pa
     R, D], keys [rows, Q, D] and values [rows, Q, Dv], rotary applied, to a partial [rows * Q, R]."""
     layer.append(keys, values)
     query = query.float() * layer.geometry.scale
-    logits = anchor_logits(layer, query, layer.anchors.seen(query.shape[0] // layer.geometry.rows))
+    anchors = attend_anchors(layer, query, layer.anchors.seen(query.shape[0] // layer.geometry.rows))
     if layer.n_pages == 0:
-        return Partial.weigh(logits, layer.anchors.values)
+        return anchors
     layer.ask_ahead()
-    read = layer.reading.attend(layer, query, logits)
+    read = layer.reading.attend(layer, query, anchors)
     result = merge([read.exact, read.remainder])
     layer.count_steps(query, (read.remainder.lse - result.lse).exp())
     return result
 
 
-def attend_selected(layer: LayerCache, query: Tensor, logits: Tensor) -> tuple[Partial, Fetched, Tensor]:
-    """The exact part for scaled queries fp32 [rows * Q, R, D] with their anchor logits: anchors and the selected pages;
-    with it those pages and the selector's scores."""
-    selection, scores = layer.select(query, logits.logsumexp(-1))
+def attend_selected(layer: LayerCache, query: Tensor, anchors: Partial) -> tuple[Partial, Fetched, Tensor]:
+    """The exact part for scaled queries fp32 [rows * Q, R, D] with their attention to the anchors: that and the
+    selected pages; with it those pages and the selector's scores."""
+    selection, scores = layer.select(query, anchors.lse)
     arrivals = layer.ask(selection)  # asynchronous: bytes move from here on
-    anchors = Partial.weigh(logits, layer.anchors.values)
     partials, fetched = attend_arrivals(layer, query, arrivals)
     return merge([anchors, *partials]), fetched, scores
 
@@ -45,6 +44,15 @@ def attend_arrivals(layer: LayerCache, query: Tensor, arrivals: list[Arrival]) -
         partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
         fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids, part.wanted))
     return partials, Fetched.join(fetched)
+
+
+def attend_anchors(layer: LayerCache, query: Tensor, seen: Tensor) -> Partial:
+    """Attention of scaled queries fp32 [rows * Q, R, D] to the anchor places that ``seen`` bool [rows or 1, Q or 1, A]
+    names, a partial [rows * Q, R]."""
+    keys, values = layer.anchors.buffers
+    if query.shape[0] == keys.shape[0] and fuses_rows(query, keys, values):
+        return Partial(*attend_rows(query, keys, values, seen[:, 0], layer.geometry.softcap))
+    return Partial.weigh(anchor_logits(layer, query, seen), values)
 
 
 def anchor_logits(layer: LayerCache, query: Tensor, seen: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvoffload.attention.decode import anchor_logits
+from kvoffload.attention.decode import attend_anchors
 from kvoffload.attention.layer import Fixed, LayerCache
 from kvoffload.buffers import Room
 from kvoffload.selection.topk import list_sizes
@@ -29,7 +29,7 @@ def decode_fixed(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor)
     assert fixed is not None, "between advance and finish"
     layer.anchors.put(keys, values, fixed.place)
     query = query.float() * layer.geometry.scale
-    read = layer.reading.attend(layer, query, anchor_logits(layer, query, fixed.seen))
+    read = layer.reading.attend(layer, query, attend_anchors(layer, query, fixed.seen))
     result = merge([read.exact, read.remainder])
     layer.meter.add_mass((read.remainder.lse - result.lse).exp(), 1)
     if layer.upkeep:

@@ -5,7 +5,7 @@ import torch
 from kvoffload_kernels.dispatch import attend
 from torch import Tensor
 
-from kvoffload.attention.decode import anchor_logits, attend_selected
+from kvoffload.attention.decode import attend_anchors, attend_selected
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.stream import stream
 from kvoffload.attention.upkeep import Rhythm, Upkeep
@@ -87,9 +87,9 @@ def _exact_middle(layer: LayerCache, queries: Tensor) -> Partial:
 def _errors(layer: LayerCache, gate: GatedCompletion, query: Tensor, middle: Partial) -> Tensor:
     """Error of every choice for scaled queries fp32 [rows * Q, R, D] with their exact partials of the pages: fp32
     [choices, rows, Q, R]."""
-    logits = anchor_logits(layer, query, layer.anchors.valid()[:, None])
-    exact = merge([Partial.weigh(logits, layer.anchors.values), middle]).output
-    read, fetched, scores = attend_selected(layer, query, logits)
+    anchors = attend_anchors(layer, query, layer.anchors.valid()[:, None])
+    exact = merge([anchors, middle]).output
+    read, fetched, scores = attend_selected(layer, query, anchors)
     options = gate.estimates(query, fetched, scores)
     errors = torch.stack([(merge([read, option]).output - exact).norm(dim=-1) for option in options])
     return errors.view(len(options), layer.geometry.rows, -1, query.shape[1])

@@ -1,4 +1,4 @@
-"""How a step reads: from its anchors' logits to the exact part and the remainder."""
+"""How a step reads: from the attention to its anchors to the exact part and the remainder."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class Reading(ABC):
     """Device bytes held between steps."""
 
     @abstractmethod
-    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
-        """For scaled queries fp32 [rows * Q, R, D] with their anchor logits fp32 [rows * Q, R, A]; called only when
-        there are pages."""
+    def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
+        """For scaled queries fp32 [rows * Q, R, D] with their attention to the anchors; called only when there are
+        pages."""
 
     def sealed(self, pages: Pages) -> None:  # noqa: B027 - most do not care
         """These pages left the window in the append before the next ``attend``; views, valid until then."""
@@ -50,8 +50,8 @@ class SelectedPages(Reading):
 
     can_hold = True
 
-    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
-        exact, fetched, scores = attend_selected(layer, query, logits)
+    def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
+        exact, fetched, scores = attend_selected(layer, query, anchors)
         return Read(exact, layer.completion.estimate(query, fetched, scores), fetched, scores)
 
 
@@ -61,8 +61,8 @@ class WrapperReading(Reading):
     def __init__(self, inner: Reading) -> None:
         self.inner = inner
 
-    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
-        return self.inner.attend(layer, query, logits)
+    def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
+        return self.inner.attend(layer, query, anchors)
 
     def sealed(self, pages: Pages) -> None:
         self.inner.sealed(pages)

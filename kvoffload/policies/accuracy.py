@@ -18,7 +18,7 @@ from kvoffload.attention.reading import Read, Reading, WrapperReading
 from kvoffload.attention.stream import stream
 from kvoffload.buffers import page_mask
 from kvoffload.selection.topk import take_best
-from kvoffload.values import Fetched, Selection, by_row, merge
+from kvoffload.values import Fetched, Partial, Selection, by_row, merge
 
 _GROWTH = 1.5  # pages of a head after a round, by those before it
 
@@ -39,13 +39,13 @@ class BoundedMass(WrapperReading):
     def resident_bytes(self) -> int:  # type: ignore[override]
         return self.inner.resident_bytes
 
-    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
-        read = self.inner.attend(layer, query, logits)
+    def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
+        read = self.inner.attend(layer, query, anchors)
         more = self._more(layer, query, read)
         if more is None:
             return read
         scores = layer.score(query)
-        ranking = layer.chooser.rank(layer, scores, logits.logsumexp(-1)).to(query.device)
+        ranking = layer.chooser.rank(layer, scores, anchors.lse).to(query.device)
         if query.shape[0] == layer.geometry.rows:
             layer.chooser.forget(more > 0)
         scores = scores.to(query.device) if layer.completion.uses_scores else scores
@@ -95,21 +95,21 @@ class Audit(WrapperReading):
         super().restart()
         self._n_steps = 0
 
-    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
-        read = self.inner.attend(layer, query, logits)
+    def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
+        read = self.inner.attend(layer, query, anchors)
         n_steps = query.shape[0] // layer.geometry.rows - layer.n_revised
         audited = [i for i in range(n_steps) if (self._n_steps + i + 1) % self._every == 0]
         self._n_steps += n_steps
         if audited:
-            dropped = dropped_mass(layer, query, read.exact.lse, logits).unflatten(0, (layer.geometry.rows, -1))
+            dropped = dropped_mass(layer, query, read.exact.lse, anchors.lse).unflatten(0, (layer.geometry.rows, -1))
             layer.meter.dropped += [dropped[:, layer.n_revised + i].cpu() for i in audited]
         return read
 
 
-def dropped_mass(layer: LayerCache, query: Tensor, read_lse: Tensor, logits: Tensor) -> Tensor:
-    """The share of the total mass that is not behind ``read_lse`` [rows * Q, R], for scaled queries with their anchor
-    logits; fp32 [rows * Q, R]."""
-    total = logits.logsumexp(-1)
+def dropped_mass(layer: LayerCache, query: Tensor, read_lse: Tensor, anchor_lse: Tensor) -> Tensor:
+    """The share of the total mass that is not behind ``read_lse`` [rows * Q, R], for scaled queries whose anchors
+    have mass anchor_lse; fp32 [rows * Q, R]."""
+    total = anchor_lse
     for pages in stream(layer):
         keys = pages.keys.float().flatten(1, 2).transpose(-1, -2)
         found = soft_cap(by_row(query, layer.geometry.rows) @ keys, layer.geometry.softcap)

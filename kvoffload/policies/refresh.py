@@ -97,15 +97,15 @@ class RefreshReading(WrapperReading):
     def resident_bytes(self) -> int:  # type: ignore[override]
         return self.inner.resident_bytes + (0 if self._query is None else tensor_bytes(self._query))
 
-    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
+    def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
         if query.shape[0] > layer.geometry.rows or layer.reads_everything:
-            return self.inner.attend(layer, query, logits)
+            return self.inner.attend(layer, query, anchors)
         mean = query.view(layer.geometry.n_sequences, -1, query.shape[-1]).mean(1)
         if self._is_full(mean):
             self._query, self._n_steps, self._dropped = mean, 0, torch.zeros((), device=query.device)
-            return self._attend_all(layer, query, logits)
+            return self._attend_all(layer, query, anchors)
         self._n_steps += 1
-        read = self.inner.attend(layer, query, logits)
+        read = self.inner.attend(layer, query, anchors)
         if self._config.mass is not None:
             total = torch.logaddexp(read.exact.lse, read.remainder.lse)
             self._dropped = self._dropped + (read.remainder.lse - total).exp().mean()
@@ -121,9 +121,9 @@ class RefreshReading(WrapperReading):
             return False
         return bool((torch.cosine_similarity(mean, self._query, dim=-1) <= self._config.cosine).any())
 
-    def _attend_all(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
+    def _attend_all(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
         """Dense attention; the partial cache is what it weighed most."""
-        shape, parts, largest = layer.geometry, [Partial.weigh(logits, layer.anchors.values)], []
+        shape, parts, largest = layer.geometry, [anchors], []
         for pages in stream(layer, layer.fetch.decode):
             keys = pages.keys.flatten(1, 2).float().transpose(-1, -2)
             page_logits = (

@@ -100,17 +100,18 @@ class RetroReading(WrapperReading):
         super().sealed(pages)
         self._sealed = pages
 
-    def attend(self, layer: LayerCache, query: Tensor, logits: Tensor) -> Read:
+    def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
         rows = layer.geometry.rows
-        queries, anchors = (t.unflatten(0, (rows, -1)).unbind(1) for t in (query, logits))
-        newest = self.inner.attend(layer, queries[-1], anchors[-1])
+        queries, outputs, lses = (t.unflatten(0, (rows, -1)).unbind(1) for t in (query, anchors.output, anchors.lse))
+        by_query = [Partial(*part) for part in zip(outputs, lses, strict=True)]
+        newest = self.inner.attend(layer, queries[-1], by_query[-1])
         n_older = len(queries) - 1
         while len(self._rows) < n_older:
             self._rows.insert(0, Row.blank(queries[0], layer.geometry.value_dim))
         older = self._rows[len(self._rows) - n_older :]
         loaded = self._loaded(layer, newest.fetched)
         self._rows = [self._supplement(layer, *pair, loaded) for pair in zip(older, queries[:-1], strict=True)]
-        parts = [self._parts(layer, *row) for row in zip(self._rows, queries[:-1], anchors[:-1], strict=True)]
+        parts = [self._parts(layer, *row) for row in zip(self._rows, queries[:-1], by_query[:-1], strict=True)]
         parts.append((newest.exact, newest.remainder))
         blank = Row.blank(queries[-1], layer.geometry.value_dim)
         self._rows.append(self._supplement(layer, blank, queries[-1], [newest.fetched]))
@@ -140,9 +141,9 @@ class RetroReading(WrapperReading):
             held = Fetched.join([*(() if row.held is None else (row.held,)), *new])
         return Row(merge(partials), seen, held)
 
-    def _parts(self, layer: LayerCache, row: Row, query: Tensor, logits: Tensor) -> tuple[Partial, Partial]:
+    def _parts(self, layer: LayerCache, row: Row, query: Tensor, anchors: Partial) -> tuple[Partial, Partial]:
         """Of a revised row: anchors as they are now with the pages it has seen, and the remainder behind those."""
-        exact = merge([Partial.weigh(logits, layer.anchors.values), row.pages])
+        exact = merge([anchors, row.pages])
         if row.held is None:
             return exact, Partial.empty(query, layer.geometry.value_dim)
         scores = query.new_zeros(1).expand(*query.shape[:2], layer.n_pages)

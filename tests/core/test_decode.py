@@ -146,12 +146,12 @@ def step(layer, seed=9):
     return decode(layer, query[:, :, 0], key, value)
 
 
-def test_reads_are_under_way_while_the_anchors_are_weighed(monkeypatch):
+def test_anchors_come_first_since_their_mass_decides_what_is_read(monkeypatch):
     log = []
     layer = logged_layer(log, config(completion="none"), monkeypatch)
     log.clear()
     step(layer)
-    assert log == ["start", "anchors", "wait", "6 slices"]  # 20% of 61 tokens of two heads: 24.4 tokens, six slices
+    assert log == ["anchors", "start", "wait", "6 slices"]  # 20% of 61 tokens of two heads: 24.4 tokens, six slices
 
 
 def test_resident_pages_are_attended_to_while_the_others_travel(monkeypatch):
@@ -160,7 +160,7 @@ def test_resident_pages_are_attended_to_while_the_others_travel(monkeypatch):
     step(layer)
     log.clear()
     step(layer)  # the same query again: the same pages, as long as no page seals
-    assert log == ["start", "anchors", "6 slices", "wait", "0 slices"]
+    assert log == ["anchors", "start", "6 slices", "wait", "0 slices"]
 
 
 def test_a_step_counts_its_context_and_its_state():

@@ -112,3 +112,30 @@ def test_one_program_for_many_tiles_of_slices_gives_what_many_give(monkeypatch):
     monkeypatch.setattr(kernel, "_PROGRAMS", 1)
     given = kernel.attend_slices(3 * query, keys, values, row_ids, None, None)
     assert_close(given, dense(3 * query, keys, values, row_ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("twin", [reference, kernel], ids=["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n_tokens", "seen_rows", "softcap"), [(96, 1, None), (40, ROWS, 1.5), (128, ROWS, None), (8, 1, None)]
+)
+def test_whole_rows_are_attended_to_where_they_are_seen(twin, n_tokens, seen_rows, softcap, dtype):
+    generator = torch.Generator().manual_seed(n_tokens)
+    query = torch.randn(ROWS, GROUP, KEY_DIM, generator=generator)
+    keys, values = (torch.randn(ROWS, n_tokens, d, generator=generator).to(dtype) for d in (KEY_DIM, VALUE_DIM))
+    seen = torch.rand(seen_rows, n_tokens, generator=generator) < 0.7
+    seen[:, 0], seen[-1, 1:] = True, False
+    assert kernel.supports_rows(query, keys, values)
+    output, lse = twin.attend_rows(query, keys, values, seen, softcap)
+    for row in range(ROWS):
+        mine = seen[row % seen_rows]
+        logits = query[row].double() @ keys[row, mine].double().T
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        assert_close(output[row].double(), logits.softmax(-1) @ values[row, mine].double(), **ROUNDED)
+        assert_close(lse[row].double(), logits.logsumexp(-1), **ROUNDED)
+
+
+def test_rows_that_cannot_be_cut_are_left_to_the_reference():
+    query, tokens = torch.zeros(2, 3, 8), torch.zeros(2, 100, 8)
+    assert not kernel.supports_rows(query, tokens, tokens)
+    assert not kernel.supports_rows(query, tokens[:, :64], tokens[:, :64])

@@ -22,6 +22,7 @@ from kvoffload_kernels.tiles import (
 _TILE = 64  # tokens of one step of a program, of several slices
 _PROGRAMS = 256  # the rows' lists are split into about so many
 _CHUNK = 1024  # ids looked at together
+_SMALLEST = 8  # tokens of a slice that whole rows are cut into
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -112,3 +113,27 @@ def attend_slices(
         VALID=valid is not None,
     )  # fmt: skip
     return merge_splits(out, lse)
+
+
+def supports_rows(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether ``attend_rows`` below takes these: tokens that lie together and can be cut into equal slices."""
+    lies_together = keys.is_contiguous() and values.is_contiguous()
+    return lies_together and _cut(keys.shape[1]) >= _SMALLEST and supported(query, keys[:, :1], values[:, :1])
+
+
+def attend_rows(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.attend_rows`` where ``supports_rows``."""
+    rows, n_tokens, _ = keys.shape
+    size = _cut(n_tokens)
+    per_row = n_tokens // size
+    row_ids = torch.arange(rows * per_row, device=keys.device) // per_row
+    valid = seen.expand(rows, n_tokens).reshape(-1, size)
+    keys, values = (t.view(-1, size, t.shape[-1]) for t in (keys, values))
+    return attend_slices(query, keys, values, row_ids, valid, softcap)
+
+
+def _cut(n_tokens: int) -> int:
+    """The largest power of two up to a tile that divides so many tokens."""
+    return min(n_tokens & -n_tokens, _TILE)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvoffload_kernels.dense_attention.reference import soft_cap
+from kvoffload_kernels.dense_attention.reference import soft_cap, weigh
 
 
 def attend_slices(
@@ -26,3 +26,12 @@ def attend_slices(
     mass = query.new_zeros(rows, group).index_add_(0, row_ids, weights.sum(-1))
     total = query.new_zeros(rows, group, values.shape[-1]).index_add_(0, row_ids, weights @ values.float())
     return total / mass.clamp_min(torch.finfo(mass.dtype).tiny)[..., None], mass.log() + shift
+
+
+def attend_rows(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same over tokens that lie side by side: keys [rows, N, D], values [rows, N, Dv], of which ``seen`` bool [rows
+    or 1, N] count."""
+    logits = soft_cap(query @ keys.float().mT, softcap).masked_fill(~seen[:, None], -torch.inf)
+    return weigh(logits, values)
