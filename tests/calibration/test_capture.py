@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvoffload.attention.decode import anchor_logits, attend_selected
+from kvoffload.attention.decode import attend_anchors, attend_selected
 from kvoffload.calibration.capture import capture, query_runs
 from kvoffload.calibration.examples import make_examples, sealed_pages
 from kvoffload.config import RuntimeConfig
@@ -49,8 +49,8 @@ def test_one_query_reads_and_leaves_what_a_decode_step_does(loaded, ids):
         [example] = make_examples(found, CONFIG, [Budget.parse("10%")], CPU)
         assert_close(found.anchors[0], session.cache.offloaded[2].tail_queries.float().mean((1, 2)) * kv.geometry.scale)
         kv.append(found.keys[:, -1:], found.values[:, -1:])
-        logits = anchor_logits(kv, example.query, kv.anchors.seen(1))
-        read, fetched, scores = attend_selected(kv, example.query, logits)
+        anchors = attend_anchors(kv, example.query, kv.anchors.seen(1))
+        read, fetched, scores = attend_selected(kv, example.query, anchors)
         assert kv.n_pages == sealed_pages(161, CONFIG) == example.pages.n_pages
         pairs = set(zip(fetched.row_ids.tolist(), fetched.page_ids.tolist(), strict=True))
         assert pairs == set(zip(example.selection.row_ids.tolist(), example.selection.page_ids.tolist(), strict=True))
