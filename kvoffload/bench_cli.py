@@ -8,7 +8,7 @@ import typer
 from kvoffload import flags
 from kvoffload.bench import flags as bench_flags
 
-app = typer.Typer(help="Measure against the ceilings of this machine, and peers beside it.", no_args_is_help=True)
+app = typer.Typer(help="Speed beside the ceilings of this machine and peers.", no_args_is_help=True)
 
 
 @app.command()
@@ -25,7 +25,7 @@ def decode(
     recent: flags.Recent = None, self_test: flags.SelfTest = None, settings: bench_flags.Set = None,
     config: flags.Config = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
-    """Time a decode step on KV that is filled directly, after comparing it with dense attention."""
+    """Time a decode step, beside the floor and peers. KV is filled directly, and compared with dense first."""
     from kvoffload.bench.command import run_decode
 
     raise typer.Exit(run_decode(ctx.params, config, _output(json)))
@@ -43,7 +43,7 @@ def prefill(
     index: flags.Index = None, page_size: flags.PageSize = None, self_test: flags.SelfTest = None,
     settings: bench_flags.Set = None, config: flags.Config = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
-    """Time a prefill with everything that it writes and summarises, and the library's dense one."""
+    """Time a prefill, beside the library's dense one. Ours with everything that it writes and summarises."""
     from kvoffload.bench.command import run_prefill
 
     raise typer.Exit(run_prefill(ctx.params, config, _output(json)))
@@ -56,7 +56,7 @@ def copy(
     chunks: bench_flags.Chunks = "256B,512B,1KiB,2KiB,4KiB,8KiB,16KiB", source: bench_flags.Source = None,
     device: flags.Device = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
-    """Time the gather of chunks from host memory beside one copy of as many bytes."""
+    """Time the gather from host memory, beside one copy. Chunks of all sizes against as many bytes in a row."""
     from kvoffload.bench.command import run_copy
 
     raise typer.Exit(run_copy(ctx.params, _output(json)))

@@ -78,7 +78,7 @@ def generate(
     self_test: flags.SelfTest = None, config: flags.Config = None, json: flags.Json = False, quiet: flags.Quiet = None,
     print_config: flags.PrintConfig = False,
 ) -> None:  # fmt: skip
-    """Generate text from a prompt; the text streams to stdout, everything else goes to stderr."""
+    """Generate text from a prompt. The text streams to stdout, everything else goes to stderr."""
     settings = _settings(ctx)
     from kvoffload.runtime import command
 
@@ -103,7 +103,7 @@ def chat(
     top_k: flags.TopK = None, seed: flags.Seed = None, stop: flags.Stop = None, self_test: flags.SelfTest = None,
     config: flags.Config = None, quiet: flags.Quiet = None,
 ) -> None:  # fmt: skip
-    """Talk to a model line by line, on one session; /help says which commands there are."""
+    """Talk to a model line by line, on one session. /help says which commands there are."""
     settings = _settings(ctx)
     from kvoffload.runtime.chat import run_chat
 
@@ -123,7 +123,7 @@ def plan(
     sinks: flags.Sinks = None, recent: flags.Recent = None, page_size: flags.PageSize = None, index: flags.Index = None,
     gpu_cache: flags.GpuCache = None, config: flags.Config = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
-    """Say what a context needs and whether it fits, before anything is allocated."""
+    """Say what a context needs and whether it fits. Nothing is allocated."""
     settings = _settings(ctx)
     from kvoffload.runtime import command
 
@@ -146,7 +146,7 @@ def calibrate(
     host_max: calibration_flags.HostMax = None, config: flags.Config = None, json: flags.Json = False,
     quiet: flags.Quiet = None,
 ) -> None:  # fmt: skip
-    """Fit a completion to one model's heads on text, for --completion phi:file=OUT; or layers, for --layer-budgets."""
+    """Fit a completion to a model's heads on text. Or with --by-layer measure how layers share a budget."""
     settings = _settings(ctx)
     from kvoffload.calibration.command import run_calibrate
 
@@ -169,7 +169,7 @@ def sweep(
     parts: sweep_flags.Parts = None, plots: sweep_flags.Plots = None,
     out: sweep_flags.Out = None, config: sweep_flags.SweepConfig = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
-    """Compare methods on one model and task: quality against what is read, from the real runtime."""
+    """Compare methods: quality against what is read. One model and task, every figure from the real runtime."""
     own = ("settings", "config", "json", "ray", "parts")
     given = {**{name: value for name, value in ctx.params.items() if name not in own}, "set": settings}
     if ray:
@@ -201,7 +201,7 @@ def serve(
     temperature: flags.Temperature = None, top_p: flags.TopP = None, top_k: flags.TopK = None,
     self_test: flags.SelfTest = None, config: flags.Config = None, quiet: flags.Quiet = None,
 ) -> None:  # fmt: skip
-    """Serve the OpenAI dialect over HTTP; requests of different lengths share one model, step by step."""
+    """Serve the OpenAI dialect over HTTP. Requests of different lengths share one model, step by step."""
     from kvoffload.server.command import run_serve
 
     given = {name: value for name, value in ctx.params.items() if name != "config" and value is not None}
@@ -225,7 +225,7 @@ def evaluate(
     prefill_chunk: flags.PrefillChunk = None, self_test: flags.SelfTest = None,
     config: flags.Config = None, json: flags.Json = False, quiet: flags.Quiet = None,
 ) -> None:  # fmt: skip
-    """Run tasks of lm-evaluation-harness on a model under the runtime."""
+    """Run tasks of lm-evaluation-harness."""
     from kvoffload.harness.command import run_eval
 
     given = {n: value for n, value in ctx.params.items() if n not in ("config", "json") and value not in (None, [], ())}
@@ -242,7 +242,7 @@ def env(
     nvme_dir: flags.NvmeDir = None,
     json: flags.Json = False,
 ) -> None:
-    """Say what this machine offers; exit code 1 if a required feature is missing."""
+    """Say what this machine offers. Exit code 1 if a required feature is missing."""
     from kvoffload.runtime import command
 
     required = [name.strip() for name in require.split(",") if name.strip()]

@@ -63,7 +63,7 @@ def pin(files: Files) -> None:
 
 @app.command()
 def unpin(files: Files) -> None:
-    """Allow sessions to be deleted when --nvme-max or the disk leaves no room."""
+    """Allow sessions to be deleted to make room. It is made where --nvme-max or the disk leaves none."""
     from kvoffload.runtime import session_command
 
     raise typer.Exit(session_command.run_pin(files, sys.stdout, pinned=False))
@@ -87,7 +87,7 @@ def import_(archive: Annotated[Path, typer.Argument(metavar="IN.tar", show_defau
 
 @app.command()
 def upgrade(files: Files) -> None:
-    """Write sessions anew in the present format, all pages in one piece."""
+    """Write sessions anew in the present format. All pages in one piece."""
     from kvoffload.runtime import session_command
 
     raise typer.Exit(session_command.run_upgrade(files, sys.stdout))
