@@ -166,6 +166,15 @@ def score_transform_pages(
     return transform_code.score_pages(*index, page_size=page_size, missing=missing)
 
 
+def decode_transform(codes: Tensor, levels: Levels) -> Tensor:
+    """``transform_code.reference.decode``."""
+    if _verified("transform_code", codes):
+        from kvoffload_kernels.transform_code import kernel
+
+        return kernel.decode(codes, levels)
+    return transform_code.decode(codes, levels)
+
+
 def attend_transform_index(
     query: Tensor,
     codes: Tensor,

@@ -85,5 +85,6 @@ def _limit(limits: Limits, device: torch.device, device_max: str | None) -> Limi
     except ValueError as error:
         raise UsageError(f"device_max: {error}") from None
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(n_bytes / total, 1.0), device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(n_bytes / total, 1.0), number)
     return replace(limits, device=min(n_bytes, limits.device or n_bytes))

@@ -4,8 +4,13 @@ channel at 4, 2, 1 or 0 bits by its variance (transform coding: Goyal, IEEE SPM 
 from dataclasses import dataclass
 
 import torch
-from kvoffload_kernels.dispatch import attend_transform_index, fuses_transform, score_transform_pages
-from kvoffload_kernels.transform_code.reference import Levels, decode, encode, fit, fit_levels, tier_widths
+from kvoffload_kernels.dispatch import (
+    attend_transform_index,
+    decode_transform,
+    fuses_transform,
+    score_transform_pages,
+)
+from kvoffload_kernels.transform_code.reference import Levels, encode, fit, fit_levels, tier_widths
 from torch import Tensor
 
 from kvoffload.buffers import Growing, Room, tensor_bytes
@@ -64,7 +69,7 @@ class TransformIndex(KeyIndex):
         else:
             turned = query @ self._code.synthesis.float()
             offset = query @ self._code.mean.float()[..., None]
-            channels = decode(self._codes.view, self._code.levels)
+            channels = decode_transform(self._codes.view, self._code.levels)
             self._decoded = channels if self.hands_on else None
             logits = turned @ channels.transpose(-1, -2) + offset
         return self._padding.mask(logits)
@@ -74,7 +79,7 @@ class TransformIndex(KeyIndex):
             return super().weigh(logits)
         channels, self._decoded = self._decoded, None
         if channels is None or channels.shape[1] != self.span:
-            channels = decode(self._codes.view, self._code.levels)
+            channels = decode_transform(self._codes.view, self._code.levels)
         mean = Partial.weigh(logits, channels)
         keys = mean.output @ self._code.synthesis.float().transpose(-1, -2) + self._code.mean.float()[:, None]
         return Partial(keys, mean.lse)
@@ -108,7 +113,7 @@ class TransformIndex(KeyIndex):
     def keys(self, start: int, stop: int) -> Tensor:
         if self._code is None:
             return self._raw.view[:, start:stop].float()
-        levels = decode(self._codes.view[:, start:stop], self._code.levels)
+        levels = decode_transform(self._codes.view[:, start:stop], self._code.levels)
         return levels @ self._code.synthesis.float().transpose(-1, -2) + self._code.mean.float()[:, None]
 
     @property

@@ -53,6 +53,12 @@ def test_page_masses_are_those_of_the_restored_keys(twin, dim, bits, heads, miss
     assert_close(scores.double(), logits.unflatten(-1, (-1, 8)).logsumexp(-1), **CLOSE)
 
 
+@pytest.mark.parametrize(("dim", "bits"), [(64, 2.25), (96, 2.0), (128, 2.5), (256, 1.0), (64, 0.25), (80, 0.5)])
+def test_decoded_channels_are_the_reference_s(dim, bits):
+    _, codes, _, _, levels = index(dim, bits)
+    assert torch.equal(kernel.decode(codes, levels), reference.decode(codes, levels))
+
+
 @pytest.mark.parametrize("n_queries", [1, 2])
 @pytest.mark.parametrize("missing", [None, torch.tensor([0, 5, 41])])
 @pytest.mark.parametrize(

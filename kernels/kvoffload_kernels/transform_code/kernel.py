@@ -22,7 +22,8 @@ from kvoffload_kernels.tiles import (
 )
 from kvoffload_kernels.transform_code.reference import Levels, code_bytes
 
-_TILE = 64  # tokens decoded at a time
+_TILE = 64  # tokens scored at a time
+_DECODED = 32  # tokens decoded at a time
 _TILES = 8  # that one program scores
 _PROGRAMS = 1024  # attention is split over tokens into about so many
 
@@ -177,6 +178,52 @@ def _attend_index(  # type: ignore[no-untyped-def]
     tl.store(lse_out + places, lse, mask=heads < HEADS)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode_tier(  # type: ignore[no-untyped-def]
+    codes, levels, out, places, counts,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, KP: tl.constexpr, BYTES: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """One tier's channels of tokens at ``places`` [T] of a row; codes and out point to the tier's first."""
+    PER: tl.constexpr = 8 // BITS
+    k = tl.arange(0, KP)
+    mask = counts[:, None] & (k < WIDTH)[None, :]
+    packed = tl.load(codes + places[:, None] * BYTES + (k // PER)[None, :], mask=mask, other=0).to(tl.int32)
+    code = (packed >> ((k % PER) * BITS)[None, :]) & ((1 << BITS) - 1)
+    channels = tl.load(levels + (k << BITS)[None, :] + code, mask=mask, other=0.0)
+    tl.store(out + places[:, None] * DIM + k[None, :], channels.to(tl.float32), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode(  # type: ignore[no-untyped-def]
+    codes, fours, twos, ones, out, n_tokens, codes_row,
+    W4: tl.constexpr, W2: tl.constexpr, W1: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, K1: tl.constexpr,
+    B4: tl.constexpr, B2: tl.constexpr, BYTES: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    DIM: tl.constexpr = W4 + W2 + W1
+    places = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    counts = places < n_tokens
+    codes += row * codes_row
+    out += row * n_tokens * DIM
+    if W4 > 0:
+        _decode_tier(codes, fours + row * (W4 * 16), out, places, counts, 4, W4, K4, BYTES, DIM)
+    if W2 > 0:
+        _decode_tier(codes + B4, twos + row * (W2 * 4), out + W4, places, counts, 2, W2, K2, BYTES, DIM)
+    if W1 > 0:
+        _decode_tier(codes + B4 + B2, ones + row * (W1 * 2), out + W4 + W2, places, counts, 1, W1, K1, BYTES, DIM)
+
+
+def decode(codes: Tensor, levels: Levels) -> Tensor:
+    """As ``reference.decode``; rows of codes may lie apart."""
+    rows, n_tokens, _ = codes.shape
+    sizes = _tiers(levels)
+    out = torch.empty(rows, n_tokens, sum(level.shape[1] for level in levels), device=codes.device)
+    if out.numel() > 0:
+        grid = (triton.cdiv(n_tokens, _DECODED), rows)
+        _decode[grid](codes, *levels, out, n_tokens, codes.stride(0), T=_DECODED, **sizes)
+    return out
+
+
 def score_pages(
     query: Tensor,
     codes: Tensor,
@@ -236,10 +283,14 @@ def _arguments(
 
 
 def _sizes(query: Tensor, levels: Levels, page_size: int, missing: Tensor | None) -> dict[str, int | bool]:
+    heads = {"HEADS": query.shape[1], "HP": padded_heads(query.shape[1])}
+    return heads | _tiers(levels) | {"T": _TILE, "SIZE": page_size, "MISSING": missing is not None}
+
+
+def _tiers(levels: Levels) -> dict[str, int]:
+    """Channels of each tier, those of a tile, and where the bytes of each begin."""
     w4, w2, w1 = (level.shape[1] for level in levels)
     return {
-        "HEADS": query.shape[1],
-        "HP": padded_heads(query.shape[1]),
         "W4": w4,
         "W2": w2,
         "W1": w1,
@@ -249,7 +300,4 @@ def _sizes(query: Tensor, levels: Levels, page_size: int, missing: Tensor | None
         "B4": code_bytes((w4, 0, 0)),
         "B2": code_bytes((0, w2, 0)),
         "BYTES": code_bytes((w4, w2, w1)),
-        "T": _TILE,
-        "SIZE": page_size,
-        "MISSING": missing is not None,
     }

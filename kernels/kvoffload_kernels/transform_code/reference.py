@@ -22,7 +22,7 @@ _TIERS = {
 _BITS = (4, 2, 1)
 
 _LLOYD_STEPS = 4
-_LLOYD_TOKENS = 8192  # of the sample, evenly spread
+_LLOYD_TOKENS = 4096  # of the sample, evenly spread
 
 # Lloyd-Max quantisers of a standard normal variable (J. Max, IRE Trans. Inf. Theory 6(1), 1960, table I), the positive
 # levels: where the fit of the levels begins.
@@ -94,7 +94,7 @@ def encode(keys: Tensor, mean: Tensor, analysis: Tensor, levels: Levels) -> Tens
     bits are left out."""
     channels = (keys.float() - mean.float()[:, None]) @ analysis
     tiers = channels[..., : sum(level.shape[1] for level in levels)].split([level.shape[1] for level in levels], dim=-1)
-    codes = [_nearest(tier.mT, level.float()).mT for tier, level in zip(tiers, levels, strict=True)]
+    codes = [_nearest(tier.mT, level.float()).to(torch.uint8).mT for tier, level in zip(tiers, levels, strict=True)]
     return torch.cat([_pack(c, bits) for c, bits in zip(codes, _BITS, strict=True)], dim=-1)
 
 
@@ -171,9 +171,9 @@ def _byte_tables(levels: Tensor, bits: int, n_bytes: int) -> Tensor:
 
 
 def _nearest(tier: Tensor, levels: Tensor) -> Tensor:
-    """The code of every value of tier [rows, width, n]."""
+    """The code of every value of tier [rows, width, n], int32."""
     thresholds = (levels[..., 1:] + levels[..., :-1]) / 2
-    return torch.searchsorted(thresholds.contiguous(), tier.contiguous())
+    return torch.searchsorted(thresholds.contiguous(), tier.contiguous(), out_int32=True)
 
 
 def _lloyd(tier: Tensor, weights: Tensor, bits: int) -> Tensor:
@@ -183,7 +183,7 @@ def _lloyd(tier: Tensor, weights: Tensor, bits: int) -> Tensor:
     deviation = ((tier.square() * weights).sum(-1, keepdim=True) / total).sqrt()
     levels = torch.cat([-positive.flip(0), positive]) * deviation
     for _ in range(_LLOYD_STEPS):
-        codes = _nearest(tier, levels)
+        codes = _nearest(tier, levels).long()
         counts = torch.zeros_like(levels).scatter_add_(-1, codes, weights)
         sums = torch.zeros_like(levels).scatter_add_(-1, codes, tier * weights)
         levels = torch.where(counts > 0, sums / counts.clamp_min(1e-6), levels)
@@ -205,10 +205,11 @@ def _identity(like: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., w] into ceil(w * bits / 8) bytes of consecutive channels, lowest bits first."""
+    """Codes uint8 [..., w] into ceil(w * bits / 8) bytes of consecutive channels, lowest bits first."""
     per_byte = 8 // bits
     n_bytes = -(-codes.shape[-1] // per_byte)
     padded = F.pad(codes, (0, n_bytes * per_byte - codes.shape[-1])).unflatten(-1, (n_bytes, per_byte))
-    shifts = torch.arange(per_byte, device=codes.device) * bits
-    joined: Tensor = (padded << shifts).sum(-1)
-    return joined.to(torch.uint8)
+    joined = padded[..., 0]
+    for place in range(1, per_byte):
+        joined = joined | padded[..., place] << place * bits
+    return joined
