@@ -26,9 +26,11 @@ class DecodePlan:
     steps: int
     gate_context: int
     n_kernels: int = 0
+    hit_share: float | None = None
 
     def case(self, n_sequences: int) -> Case:
-        return Case(self.context - self.steps - WARM_UP, n_sequences, self.steps + WARM_UP)
+        n_steps = self.steps + WARM_UP
+        return Case(self.context - n_steps, n_sequences, n_steps, hit_share=self.hit_share)
 
     @property
     def gate_case(self) -> Case:

@@ -27,6 +27,13 @@ Peers = Annotated[
 ]
 PrefillPeers = Annotated[str, typer.Option("--peers", help="stock or none.")]
 Kernels = Annotated[int, typer.Option("--kernels", min=0, help="Also list so many kernels by device time.")]
+HitShare = Annotated[
+    float | None,
+    typer.Option(
+        "--hit-share", min=0, max=1, show_default=False,
+        help="Impose this share of page cache hits (0 to 1), as measured on a real model.",
+    ),
+]  # fmt: skip
 DeviceMax = Annotated[str | None, flag("--device-max", help="Let no more of the GPU's memory be used, such as 24G.")]
 Set = Annotated[list[str] | None, flag("--set", help="Any other runtime setting, as cuda_graph=off; may be repeated.")]
 Launches = Annotated[str, typer.Option("--launches", help="Bytes moved at once.")]

@@ -42,7 +42,14 @@ def decode_plan(flags: Mapping[str, Any], settings: Settings) -> DecodePlan:
     gate = min(context, _GATE_TOKENS) if given is None else count("gate_context", given)
     if gate < least:
         _refuse("gate_context", f"{gate} tokens are too few: give {least} at least")
-    return DecodePlan(context, int(flags["batch"]), steps, gate, int(flags["kernels"]))
+    return DecodePlan(context, int(flags["batch"]), steps, gate, int(flags["kernels"]), _hit_share(flags, settings))
+
+
+def _hit_share(flags: Mapping[str, Any], settings: Settings) -> float | None:
+    share: float | None = flags.get("hit_share")
+    if share is not None and settings.gpu_cache is None:
+        _refuse("hit_share", f"{share} needs a page cache to hit: give --gpu-cache")
+    return share
 
 
 def peer_names(given: str, known: Sequence[str] = tuple(PEERS)) -> tuple[str, ...]:

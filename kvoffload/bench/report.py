@@ -39,7 +39,8 @@ class DecodeReport:
         return [Table(title, _HEADER, [_row(run) for run in self.runs]), *kernels]
 
     def notes(self) -> list[str]:
-        return [f"left out: {name}: {why}" for name, why in self.left_out.items()]
+        imposed = [] if self.plan.hit_share is None else [f"page cache hits are imposed: {self.plan.hit_share:.0%}"]
+        return imposed + [f"left out: {name}: {why}" for name, why in self.left_out.items()]
 
     def _speedups(self) -> dict[str, float]:
         """Our tokens a second over those of each peer."""

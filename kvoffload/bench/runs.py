@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvoffload.bench.ceilings import StepBytes, read_weight_bytes
 from kvoffload.bench.clock import Clock
+from kvoffload.bench.imposed import ImposedHits
 from kvoffload.bench.prompt_kv import PromptKv
 from kvoffload.buffers import tensor_bytes
 from kvoffload.config import RuntimeConfig
@@ -28,12 +29,13 @@ FULL = Budget.parse("100%")
 @dataclass(frozen=True)
 class Case:
     """A context of ``n_tokens`` tokens before the first step; ``room`` more may come. ``exactly`` asks for everything
-    to be read, for comparisons with dense attention."""
+    to be read, for comparisons with dense attention; else ``hit_share``, if given, is imposed on page caches."""
 
     n_tokens: int
     n_sequences: int
     room: int
     exactly: bool = False
+    hit_share: float | None = None
 
 
 class Run(ABC):
@@ -87,6 +89,9 @@ class OurRun(Run):
             with self.cache.prefilling():
                 self._model(kv.ids[: case.n_sequences], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         kv.fill(self.cache, case.n_sequences, case.n_tokens)
+        if case.hit_share is not None and not case.exactly:
+            for layer in self.cache.offloaded:
+                layer.chooser = ImposedHits(layer.chooser, case.hit_share)
         self._session.token_ids += [0] * (case.n_tokens - len(self._session.token_ids))
 
     def step(self, ids: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import contextmanager, redirect_stdout
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from kvoffload.bench.ceilings import Ceilings, StepBytes, read_weight_bytes
 from kvoffload.bench.clock import Clock, Timing
 from kvoffload.bench.decode import DecodeBench, DecodePlan
 from kvoffload.bench.gate import GateError, compare
+from kvoffload.bench.imposed import draw_trace
 from kvoffload.bench.kernels import kernels_of
 from kvoffload.bench.prompt_kv import PromptKv
 from kvoffload.bench.runs import FULL, Case, Contender, OurRun, Run, on_device, ours, selection_only, stock
@@ -88,6 +90,27 @@ def test_dense_peers_read_all_kv_on_the_device(decoded: Any) -> None:
     assert decoded["runs"]["dense"]["bytes_a_step"]["kv"] == (512 - 2 - 8 + 1) * token
     assert decoded["runs"]["dynamic"]["bytes_a_step"]["kv"] == 512 * token
     assert decoded["runs"]["selection"]["bytes_a_step"]["completion"] == 0
+
+
+def test_imposed_hits_are_what_the_page_cache_finds(kvoffload: Any) -> None:
+    flags = ["--gpu-cache", "2MiB", "--hit-share", "0.75", "--steps", "16", "--peers", "none", "--selector", "bounds"]
+    run = report(kvoffload(*DECODE, *flags))["runs"]["ours"]
+    assert run["budget_tokens"] == 64
+    assert run["bytes_a_step"]["fetched"] == pytest.approx(0.25 * 64 * 4 * 2 * 2 * 16 * 4)
+
+
+def test_an_imposed_trace_keeps_its_share_and_has_no_slice_twice() -> None:
+    trace = draw_trace(24, 4, 200, 0.75, seed=0)
+    steps = [set(map(tuple, step.T.tolist())) for step in trace]
+    assert all(len(step) == 24 for step in steps)
+    assert all(len(before & after) == 18 for before, after in pairwise(steps))
+    assert not (steps[5] - steps[4]) & set.union(*steps[:4])
+
+
+def test_hits_can_be_imposed_on_a_page_cache_only(kvoffload: Any) -> None:
+    code, _, err = kvoffload(*DECODE, "--hit-share", "0.9")
+    assert code == 2
+    assert "hit_share: 0.9 needs a page cache to hit: give --gpu-cache" in err
 
 
 @pytest.mark.parametrize(
