@@ -93,7 +93,7 @@ def test_dense_peers_read_all_kv_on_the_device(decoded: Any) -> None:
 
 
 def test_imposed_hits_are_what_the_page_cache_finds(kvoffload: Any) -> None:
-    flags = ["--gpu-cache", "2MiB", "--hit-share", "0.75", "--steps", "16", "--peers", "none", "--selector", "bounds"]
+    flags = ["--gpu-cache", "128KiB", "--hit-share", "0.75", "--steps", "16", "--peers", "none", "--selector", "bounds"]
     run = report(kvoffload(*DECODE, *flags))["runs"]["ours"]
     assert run["budget_tokens"] == 64
     assert run["bytes_a_step"]["fetched"] == pytest.approx(0.25 * 64 * 4 * 2 * 2 * 16 * 4)
