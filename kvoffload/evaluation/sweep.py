@@ -2,6 +2,7 @@
 that lack one of its samples."""
 
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -20,7 +21,8 @@ from kvoffload.evaluation.tasks.base import Batch, Measured, OpenBatch
 from kvoffload.models.catalog import LoadedModel
 
 Done = set[tuple[str, str]]
-OnCell = Callable[["Work", Cell, Measured], None]
+OnCell = Callable[["Work", Cell, Measured, float], None]
+"""What is told of a measurement, and the seconds that it took."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,17 @@ def run_work(
 ) -> None:
     """Measure and append, cell by cell. Raises OutOfRoomError if the device's memory does not hold a batch."""
     plain = {"offload": "none", "selector": "uniform", "completion": "none"}
-    source = RuntimeConfig(**{**spec.common, **plain})
+    told = {name: value for name, value in spec.set.items() if name == "cuda_graph"}  # of the dense cell too
+    source = RuntimeConfig(**{**spec.common, **plain, **told})
     for item in work:
         try:
             with item.batch.open(loaded, source) as opened:
                 for cell in item.cells:
+                    started = time.perf_counter()
                     measured = _measure(opened, cell)
+                    took_s = time.perf_counter() - started
                     out.add(_results(spec, family, loaded.name, item, cell, measured))
-                    on_cell(item, cell, measured)
+                    on_cell(item, cell, measured, took_s)
         except torch.OutOfMemoryError as error:
             raise OutOfRoomError(
                 f"{len(item.batch.samples)} sequences of {item.context:,} tokens do not fit on the device: give a "
