@@ -1,6 +1,7 @@
 """The sweep itself: what is still to be done, and doing it. Every batch is prefilled once and measured in all cells
 that lack one of its samples."""
 
+import gc
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -72,6 +73,8 @@ def run_work(
                     took_s = time.perf_counter() - started
                     out.add(_results(spec, family, loaded.name, item, cell, measured))
                     on_cell(item, cell, measured, took_s)
+                    if torch.cuda.is_initialized():
+                        gc.collect()  # a cache and its layers hold each other, and by replays little else is collected
         except torch.OutOfMemoryError as error:
             raise OutOfRoomError(
                 f"{len(item.batch.samples)} sequences of {item.context:,} tokens do not fit on the device: give a "
