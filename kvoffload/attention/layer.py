@@ -1,7 +1,7 @@
 """One attention layer's KV: anchors on the device, sealed pages in the store, and what selector and completion keep
 of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -185,7 +185,9 @@ class LayerCache:
     def fix(self, fixed: Fixed | None) -> None:
         """Give steps fixed shapes, or (None) end that."""
         if fixed is not None or self.fixed is not None:
-            self.selector.hold(None if fixed is None else fixed.room)
+            room = None if fixed is None else fixed.room
+            self.selector.hold(room)
+            self.completion.hold(room)
         self.fixed = fixed
 
     def remember_queries(self, query: Tensor) -> None:
@@ -235,7 +237,7 @@ class LayerCache:
     def select_top(self, scores: Tensor, anchor_lse: Tensor, *, more: float = 0.0) -> Selection:
         """The best slices by scores fp32 [rows * Q, R, P], as many as the budget buys and a share of it ``more``."""
         fixed = self.fixed
-        return select_top(
+        selection = select_top(
             scores,
             anchor_lse.to(scores.device),
             n_sequences=self.geometry.n_sequences,
@@ -245,6 +247,13 @@ class LayerCache:
             n_wanted=None if fixed is None else fixed.n_wanted,
             bounds=self.head_bounds,
         )
+        if fixed is None or self.anchors.padding is None:
+            return selection
+        # pages of padding score -inf too, so that what is no page yet may come before them
+        wanted = ~fixed.room.beyond[selection.page_ids]
+        if selection.wanted is not None:
+            wanted &= selection.wanted
+        return replace(selection, page_ids=selection.page_ids.where(wanted, 0), wanted=wanted)
 
     def ask(self, selection: Selection) -> list[Arrival]:
         """Ask for the slices of a selection; steps of fixed shapes count them elsewhere."""

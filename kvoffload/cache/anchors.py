@@ -135,8 +135,8 @@ class Anchors:
         """As ``page_valid`` for consecutive pages of all rows, bool [rows, n_pages, S]."""
         if self.padding is None:
             return None
-        slots = self.n_sinks + torch.arange(first * self.page_size, (first + n_pages) * self.page_size)
-        real = slots.to(self.padding.device) >= self.padding[:, None] + self.n_sinks
+        run = (first * self.page_size, (first + n_pages) * self.page_size)
+        real = torch.arange(*run, device=self.padding.device) >= self.padding[:, None]
         return real.view(-1, n_pages, self.page_size)
 
     def crop(self, n_tokens: int) -> None:

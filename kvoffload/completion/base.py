@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from kvoffload.buffers import Room
 from kvoffload.completion.calibrated import CalibrationFile
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
@@ -58,6 +59,10 @@ class Completion(ABC):
         """Whether an estimate may be part of steps of fixed shapes: it reads only tensors that pages and ``refresh``
         change in place, scores and index held in room, and right after a ``refresh`` does nothing else."""
         return False
+
+    def hold(self, room: Room | None) -> None:  # noqa: B027 - most keep nothing for each token
+        """From now on what there is of each token stays where it is while pages come into the room, in which scores and
+        index are held too; None ends that."""
 
     @property
     @abstractmethod

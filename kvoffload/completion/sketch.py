@@ -4,7 +4,7 @@ What a first fit leaves of a value is transform-coded; values are then regressed
 together. The codes grow with the context, and every step is charged for all of them.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from kvoffload_kernels.page_scores.reference import mask_pages
@@ -12,7 +12,7 @@ from kvoffload_kernels.transform_code.reference import code_bytes, n_levels, tie
 from pydantic import field_validator
 from torch import Tensor
 
-from kvoffload.buffers import Growing, tensor_bytes
+from kvoffload.buffers import Growing, Room, tensor_bytes
 from kvoffload.completion.base import Completion
 from kvoffload.completion.regression import (
     RegressionCompletion,
@@ -33,6 +33,7 @@ class SketchCompletionConfig(RegressionConfigBase):
     """Values at ``bits`` bits a channel on average."""
 
     kind: Literal["sketch"] = "sketch"
+    holds: ClassVar[bool] = True
     bits: float = 1.0
 
     @field_validator("bits")
@@ -88,6 +89,8 @@ class SketchCompletion(RegressionCompletion):
         """The index's logits for scaled queries [rows * Q, R, D], -inf at what was fetched: fp32 [rows, Q * R, N]."""
         assert self.index is not None, "built without an index"
         asked, read = self._asked(query, fetched)
+        if self.index.room is not None:
+            read = read | self.index.room.beyond
         logits = capped(self.index.logits_again(asked), self._geometry.softcap)
         return mask_pages(logits, read, self._geometry.page_size)
 
@@ -119,7 +122,11 @@ class SketchCompletion(RegressionCompletion):
 
     @property
     def can_hold(self) -> bool:
-        return False
+        return super().can_hold and self._rests is not None
+
+    def hold(self, room: Room | None) -> None:
+        if self._rests is not None:
+            self._rests.hold(room)
 
     @property
     def state_bytes(self) -> int:

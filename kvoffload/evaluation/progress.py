@@ -33,13 +33,14 @@ class SweepView:
             yield self
         self._bar = None
 
-    def cell(self, work: Work, cell: Cell, measured: Measured) -> None:
-        """A measurement is done and on disk."""
+    def cell(self, work: Work, cell: Cell, measured: Measured, took_s: float) -> None:
+        """A measurement is done, in so many seconds, and on disk."""
         self._done += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
         name = DENSE if cell.method == DENSE else f"{cell.method} {cell.budget}"
-        line = f"{self._done}/{self._n_cells} · {work.context:,} tok · {name} · {_values(measured, self._metrics)}"
+        told = [f"{self._done}/{self._n_cells}", f"{work.context:,} tok", name, _values(measured, self._metrics)]
+        line = " · ".join([*filter(None, told), f"{took_s:.1f} s"])
         self._console.print(line, markup=False, soft_wrap=True)
 
 

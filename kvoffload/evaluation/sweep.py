@@ -1,7 +1,9 @@
 """The sweep itself: what is still to be done, and doing it. Every batch is prefilled once and measured in all cells
 that lack one of its samples."""
 
+import gc
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -20,7 +22,8 @@ from kvoffload.evaluation.tasks.base import Batch, Measured, OpenBatch
 from kvoffload.models.catalog import LoadedModel
 
 Done = set[tuple[str, str]]
-OnCell = Callable[["Work", Cell, Measured], None]
+OnCell = Callable[["Work", Cell, Measured, float], None]
+"""What is told of a measurement, and the seconds that it took."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,19 @@ def run_work(
 ) -> None:
     """Measure and append, cell by cell. Raises OutOfRoomError if the device's memory does not hold a batch."""
     plain = {"offload": "none", "selector": "uniform", "completion": "none"}
-    source = RuntimeConfig(**{**spec.common, **plain})
+    told = {name: value for name, value in spec.set.items() if name == "cuda_graph"}  # of the dense cell too
+    source = RuntimeConfig(**{**spec.common, **plain, **told})
     for item in work:
         try:
             with item.batch.open(loaded, source) as opened:
                 for cell in item.cells:
+                    started = time.perf_counter()
                     measured = _measure(opened, cell)
+                    took_s = time.perf_counter() - started
                     out.add(_results(spec, family, loaded.name, item, cell, measured))
-                    on_cell(item, cell, measured)
+                    on_cell(item, cell, measured, took_s)
+                    if torch.cuda.is_initialized():
+                        gc.collect()  # a cache and its layers hold each other, and by replays little else is collected
         except torch.OutOfMemoryError as error:
             raise OutOfRoomError(
                 f"{len(item.batch.samples)} sequences of {item.context:,} tokens do not fit on the device: give a "

@@ -12,8 +12,10 @@ from kvoffload.attention.prefill import prepare
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
+from kvoffload.models.step_graph import Replays
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 1024}  # of all sequences together
+_LEAST_REPLAYED = 8  # fewer steps are over before a capture pays
 _FETCHED_BYTES = (
     1 << 28
 )  # that a layer may select in one forward; in fp32 and with their weights they are several times that
@@ -39,16 +41,25 @@ def teacher_forced(model: Any, cache: OffloadCache, ids: Tensor, *, longest: int
     in order, in blocks fp32 [B, q, vocabulary].
 
     A block is one forward. It equals q single steps, in its logits and in what the meter counts, and is as long as the
-    cache allows (``OffloadCache.run_length``), ``longest`` tokens at most, and shorter where a step reads much.
+    cache allows (``OffloadCache.run_length``), ``longest`` tokens at most, and shorter where a step reads much. Where
+    all have to be single steps and there are many, they are replays.
     """
     ids, done = ids.to(model.device), 0
     if cache.config.gpu_cache is not None:
         longest = 1  # several queries would pass the page cache by
-    while done < ids.shape[1]:
-        n_tokens = cache.run_length(min(ids.shape[1] - done, longest, _affordable(cache)))
-        logits = feed(model, cache, ids[:, done : done + n_tokens])
-        done += n_tokens
-        yield logits.float()
+    with Replays.of(model, cache.config) as replays:
+        while done < ids.shape[1]:
+            limit = min(longest, _affordable(cache))
+            stepped = None
+            if limit == 1 and ids.shape[1] >= _LEAST_REPLAYED:
+                stepped = replays.step(cache, ids[:, done : done + 1])
+            if stepped is not None:
+                logits, n_tokens = stepped.logits[:, None].clone(), 1
+            else:
+                n_tokens = cache.run_length(min(ids.shape[1] - done, limit))
+                logits = feed(model, cache, ids[:, done : done + n_tokens])
+            done += n_tokens
+            yield logits.float()
 
 
 def _affordable(cache: OffloadCache) -> int:

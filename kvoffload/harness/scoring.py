@@ -48,6 +48,8 @@ def score(
     context is not prefilled but fed. Rows of a forward share their context, so that no score depends on ``batch``.
     Models with layers outside the tiers, whose prefill cannot be copied, have a forward a row.
     """
+    if loaded.ranks.several:  # what one of them could not capture would leave the others waiting
+        config = config.model_copy(update={"cuda_graph": "off"})
     rows_at_once = batch if _can_copy(loaded, config) else 1
     numbers = sorted(range(len(questions)), key=lambda i: (questions[i].context, i))
     for context, same in groupby(numbers, key=lambda i: questions[i].context):

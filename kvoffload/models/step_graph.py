@@ -8,13 +8,14 @@ replayed from then on.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from kvoffload_storage.errors import CapacityError
 from torch import Tensor
 
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
+from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
 from kvoffload.models.cache import OffloadCache, OffloadLayer
 from kvoffload.models.sampling import Sampler
@@ -128,24 +129,48 @@ def _fixed(cache: OffloadCache) -> Iterator[None]:
 
 
 class Replays:
-    """Feeds the tokens of whatever cache a session has by steps of fixed shapes, where that can be; nowhere without a
-    way to capture them."""
+    """Feeds the tokens of whatever cache there is by steps of fixed shapes, where that can be; nowhere without a way to
+    capture them. Close it (or use a ``with`` block) to give the memory of the newest graph back."""
 
     def __init__(self, model: Any, capture: Capture | None) -> None:
         self._model, self.capture = model, capture
         self.graph: StepGraph | None = None
         self._n_before = 0  # replays of the graphs before this one
 
+    @classmethod
+    def of(cls, model: Any, config: RuntimeConfig) -> Self:
+        """Where the configuration and the model's device allow them."""
+        return cls(model, capture_of(model.device) if config.replays_steps else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the graph, whose results are void then; a later step makes another one."""
+        if self.graph is None:
+            return
+        on_cuda = self._model.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(self._model.device)  # a replay may be under way
+        self._n_before, self.graph = self.count, None
+        if on_cuda:
+            torch.cuda.empty_cache()  # nothing else may use a graph's memory before
+
     @property
     def count(self) -> int:
         """Steps that were replays."""
         return self._n_before + (0 if self.graph is None else self.graph.n_replays)
 
-    def step(self, cache: OffloadCache, ids: Tensor | int, sampler: Sampler | None = None) -> Stepped | None:
-        """As ``StepGraph.step``, behind what the cache holds."""
+    def step(
+        self, cache: OffloadCache, ids: Tensor | int, sampler: Sampler | None = None, *, position: Tensor | None = None
+    ) -> Stepped | None:
+        """As ``StepGraph.step``, behind what the cache holds; ``position`` int64 [B, 1] is for rows that are padded."""
         if self.capture is None or not StepGraph.possible(cache):
             return None
         if self.graph is None or self.graph.cache is not cache:
             self._n_before = self.count
             self.graph = StepGraph(self._model, cache, self.capture)
-        return self.graph.step(ids, cache.get_seq_length(), sampler)
+        return self.graph.step(ids, cache.get_seq_length() if position is None else position, sampler)

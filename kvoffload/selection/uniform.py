@@ -1,12 +1,12 @@
 """``uniform``: pages spread evenly over the context whatever the query is; the control that every selector must
 beat."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import Growing
+from kvoffload.buffers import Growing, Room
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector, SelectorConfigBase
 from kvoffload.values import Pages
@@ -19,6 +19,7 @@ class UniformSelectorConfig(SelectorConfigBase):
     """No index at all."""
 
     kind: Literal["uniform"] = "uniform"
+    holds: ClassVar[bool] = True
 
     def build(self, geometry: Geometry, device: torch.device) -> Selector:
         return UniformSelector(device)
@@ -45,9 +46,16 @@ class UniformSelector(Selector):
 
     def score(self, query: Tensor) -> Tensor:
         counts = self._counts.view
-        rank = (torch.arange(len(self._counts), device=query.device, dtype=torch.float64) * _GOLDEN).frac().float()
+        rank = (torch.arange(counts.shape[1], device=query.device, dtype=torch.float64) * _GOLDEN).frac().float()
         scores = (_FAR * rank).expand_as(counts).masked_fill(counts == 0, -torch.inf)
         return scores[:, None].expand(-1, query.shape[1], -1)
+
+    @property
+    def can_hold(self) -> bool:
+        return len(self._counts) > 0
+
+    def hold(self, room: Room | None) -> None:
+        self._counts.hold(None if room is None else room.n_pages)  # where no page is, no token counts
 
     @property
     def index_bytes(self) -> int:

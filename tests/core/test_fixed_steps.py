@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from kvoffload.attention.decode import decode
 from kvoffload.attention.fixed import FixedSteps, decode_fixed
+from kvoffload.completion.sketch import FIT_TOKENS as SKETCH_FIT_TOKENS
 from kvoffload.config import RuntimeConfig
 from kvoffload.index.transform import FIT_TOKENS
 
@@ -68,22 +69,34 @@ KINDS = [
     ("quantized:group=16", "anchored"),
     ("transform", "regression"),
     ("transform", "none"),
+    ("transform", "sketch:bits=0.5"),
+    ("quantized:group=16", "sketch"),
+    ("uniform", "none"),
+    ("uniform", "mean_value"),
 ]
+
+
+def n_fitted(selector, completion):
+    """A prompt long enough for every fit."""
+    if completion.startswith("sketch"):
+        return SKETCH_FIT_TOKENS + 60
+    return FIT_TOKENS + 60 if selector == "transform" else 150
 
 
 @pytest.mark.parametrize("padding", [None, torch.tensor([0, 37])], ids=["whole", "padded"])
 @pytest.mark.parametrize("gpu_cache", ["off", "16KiB"])
-@pytest.mark.parametrize("budget", ["20%", "48"])
+@pytest.mark.parametrize("budget", ["20%", "48", "100%"])
 @pytest.mark.parametrize(("selector", "completion"), KINDS)
 def test_steps_of_fixed_shapes_are_ordinary_steps(selector, completion, budget, gpu_cache, padding):
     """Across seals and an end of the room."""
-    n_prompt = FIT_TOKENS + 60 if selector == "transform" else 150
+    n_prompt = n_fitted(selector, completion)
     settings = {
         "selector": selector,
         "completion": completion,
         "budget": budget,
         "gpu_cache": gpu_cache,
         "reanchor": 16,
+        "pool": "none" if selector == "uniform" else "layer",  # else heads tie, and which comes first is chance
     }
     plain, given = filled(n_prompt, 50, padding, **settings)
     layer, _ = filled(n_prompt, 50, padding, **settings)
@@ -125,7 +138,6 @@ def test_cropped_tokens_are_not_seen_any_more():
         {"selector": "exact", "completion": "none"},
         {"selector": "bounds", "completion": "pages"},
         {"selector": "quantized", "index": "cpu", "completion": "none"},
-        {"completion": "sketch"},
         {"completion": "none+anchored", "gate": True},
         {"policy": "refresh"},
         {"policy": "retro"},
@@ -143,12 +155,17 @@ def test_what_depends_on_the_host_has_ordinary_steps(fields):
 @pytest.mark.parametrize(("selector", "completion"), PAIRS)
 def test_a_configuration_says_whether_steps_can_have_fixed_shapes(selector, completion):
     fields = {"selector": selector, "completion": completion}
-    layer, _ = filled(FIT_TOKENS + 60, 0, **fields)
+    layer, _ = filled(SKETCH_FIT_TOKENS + 60, 0, **fields)
     assert FixedSteps.possible([layer]) == RuntimeConfig(**fields).replays_steps
 
 
 def test_files_have_ordinary_steps():
     layer, _ = filled(150, 0, tier="nvme", selector="bounds")
+    assert not FixedSteps.possible([layer])
+
+
+def test_before_values_are_fitted_steps_are_ordinary():
+    layer, _ = filled(FIT_TOKENS + 60, 0, selector="transform", completion="sketch")
     assert not FixedSteps.possible([layer])
 
 

@@ -1,12 +1,21 @@
 """Answers of a batch: at full budget those of the stock model, row by row, whatever the lengths beside them."""
 
+import gc
+import sys
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.evaluation.tasks.generation import answer, prefill_prompt
+from kvoffload.models import step_graph
 from kvoffload.models.catalog import load_model, resolve
 from kvoffload.models.self_test import switch_attention
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from recorded import record
 
 SMALL = {"sinks": 4, "recent": 8, "page_size": 4, "self_test": False}
 LENGTHS = [150, 97, 3, 131]
@@ -102,3 +111,78 @@ def test_rows_may_have_different_numbers_of_new_tokens(loaded, prefilled):
     assert found.texts[0].startswith(found.texts[1])
     assert found.texts == (stock_answer(loaded, draw(97, seed=97), 9), stock_answer(loaded, draw(97, seed=97), 1))
     assert answer(loaded, short, policy()).cost.read_share == 0  # the first token is the prefill's
+
+
+@pytest.fixture
+def captures(loaded, monkeypatch):
+    """Steps are captured, by a recorder; for each capture how often it was replayed. No token has a query of zeros, to
+    which all pages are equal."""
+    counts = []
+
+    def counting(call, generators):
+        stepped, replay = record(call, generators)
+        counts.append(0)
+
+        def replay_counted():
+            counts[-1] += 1
+            replay()
+
+        return stepped, replay_counted
+
+    monkeypatch.setattr(step_graph, "capture_of", lambda device: counting)
+    embedding = loaded.model.get_input_embeddings().weight.data
+    kept = embedding[256].clone()
+    embedding[256] = -embedding[0]
+    yield counts
+    embedding[256] = kept
+
+
+LONG = [n + 2100 for n in (150, 97, 131)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "fields"),
+    [
+        ([150, 97, 131], {"selector": "bounds", "completion": "none", "pool": "none"}),
+        ([150, 97, 131], {"selector": "bounds", "completion": "none", "pool": "none", "gpu_cache": "64KiB"}),
+        ([150, 97, 131], {"selector": "quantized:group=16", "completion": "anchored:segments=5"}),
+        ([150, 150], {"selector": "quantized:group=16", "completion": "regression"}),
+        (LONG, {"selector": "transform", "completion": "none"}),
+        (LONG, {"selector": "transform", "completion": "regression"}),
+        (LONG, {"selector": "transform", "completion": "sketch:bits=0.5"}),
+        ([150, 97, 131], {"selector": "uniform", "completion": "none", "offload": "none", "budget": "100%"}),
+    ],
+    ids=str,
+)
+def test_answers_by_replays_are_those_of_ordinary_steps(loaded, prefilled, captures, lengths, fields):
+    """The same words, and the same costs, whatever the padding."""
+    sources, config = prefilled(lengths, n_new=24), policy(**({"budget": "15%"} | fields))
+    plain = answer(loaded, sources, config.model_copy(update={"cuda_graph": "off"}))
+    assert captures == []
+    assert answer(loaded, sources, config) == plain
+    assert sum(captures) > 15
+
+
+def test_until_every_row_has_its_sinks_steps_are_ordinary(loaded, prefilled, captures):
+    sources, config = prefilled(LENGTHS), policy(budget="20%", selector="bounds", completion="none")
+    found = answer(loaded, sources, config)
+    assert found == answer(loaded, sources, config.model_copy(update={"cuda_graph": "off"}))
+    assert 0 < sum(captures) < 10
+
+
+def test_a_captured_graph_is_gone_when_the_answers_are_there(loaded, prefilled, monkeypatch):
+    held = []
+
+    def capture(call, generators):
+        stepped, replay = record(call, generators)
+        held.append(weakref.ref(stepped))
+        return stepped, replay
+
+    monkeypatch.setattr(step_graph, "capture_of", lambda device: capture)
+    gc.disable()
+    try:
+        answer(loaded, prefilled([150, 97]), policy(budget="20%", selector="bounds", completion="none"))
+    finally:
+        gc.enable()
+    assert held
+    assert all(ref() is None for ref in held)

@@ -92,6 +92,16 @@ def test_kept_samples_are_used_without_lm_eval(recipe, tmp_path, monkeypatch):
         ruler.ruler_samples(recipe(), 4, tmp_path)
 
 
+def test_without_lm_eval_all_that_is_not_kept_is_named(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(ruler.importlib.util, "find_spec", lambda name: None)
+    wanted = [recipe(task) for task in ("niah_single_2", "fwe", "vt", "cwe")]
+    samples = [kept(wanted[0], tmp_path, 3)[:2], kept(wanted[2], tmp_path, 2)]
+    kept(wanted[3], tmp_path, 1)
+    with pytest.raises(UsageError, match=r"has not 2 samples of fwe, cwe .*kvoffload\[eval\].*names="):
+        ruler.all_ruler_samples(wanted, 2, tmp_path)
+    assert ruler.all_ruler_samples([wanted[0], wanted[2]], 2, tmp_path) == [*samples[0], *samples[1]]
+
+
 @needs_lm_eval
 def test_too_few_kept_samples_are_made_anew_and_kept(recipe, tmp_path):
     kept(recipe("fwe"), tmp_path, 1)

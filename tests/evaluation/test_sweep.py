@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def no_weights(monkeypatch):
 def test_a_sweep_gives_every_file_and_every_cell(sweep, tmp_path):
     code, told, stderr = sweep(*ONE)
     assert (code, told["measured"]) == (0, 6)
-    assert "6/6" in stderr
+    assert re.search(r"^6/6 · 120 tok · .* · \d+\.\d s$", stderr, re.MULTILINE)
     out = tmp_path / "out"
     assert {f.name for f in out.iterdir()} == {"samples.jsonl", "sweep.json", "sweep.csv", "sweep.png", "report.md"}
     found = {(row["method"], row["metric"]) for row in rows(out)}

@@ -6,6 +6,7 @@ from families import family_model
 from recorded import record
 from torch.testing import assert_close
 
+from kvoffload.completion.sketch import FIT_TOKENS as SKETCH_FIT_TOKENS
 from kvoffload.config import RuntimeConfig
 from kvoffload.index.transform import FIT_TOKENS
 from kvoffload.models.cache import OffloadCache
@@ -93,6 +94,13 @@ def test_replayed_steps_are_ordinary_steps(model, selector, completion, gpu_cach
     n_prompt = FIT_TOKENS + 60 if selector == "transform" else 140
     fields = {"selector": selector, "completion": completion, "gpu_cache": gpu_cache, "budget": "15%"}
     given, expected = (run(model, n_prompt, n_sequences, **fields) for run in (captured, ordinary))
+    assert_same(given, expected)
+
+
+@pytest.mark.parametrize("selector", ["transform", "quantized:group=16"])
+def test_replayed_steps_of_sketched_values_are_ordinary_steps(model, selector):
+    fields = {"selector": selector, "completion": "sketch:bits=0.5", "budget": "5%"}
+    given, expected = (run(model, SKETCH_FIT_TOKENS + 60, 2, **fields) for run in (captured, ordinary))
     assert_same(given, expected)
 
 

@@ -1,5 +1,8 @@
 """Teacher forcing in runs: logits and statistics are those of single steps, for one sequence and for a batch."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import SMALL
@@ -8,9 +11,13 @@ from torch.testing import assert_close
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UsageError
 from kvoffload.evaluation.teacher import prefill, teacher_forced
+from kvoffload.models import step_graph
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.self_test import switch_attention
 from kvoffload.runtime.stats import collect
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from recorded import record
 
 N_PROMPT, N_NEW = 130, 21
 
@@ -56,6 +63,30 @@ def test_runs_equal_single_steps(model, policy, n_sequences):
     same = ("read_tokens_per_step", "charged_tokens_per_step", "read_share", "charged_share", "decode_bytes_read")
     assert {name: getattr(stats, name) for name in same} == {name: getattr(single, name) for name in same}
     assert stats.completion_mass == pytest.approx(single.completion_mass, abs=1e-5)
+
+
+@pytest.mark.parametrize("gpu_cache", [None, "64KiB"])
+@pytest.mark.parametrize("completion", ["none", "anchored:segments=5"])
+def test_where_all_are_single_steps_they_are_replays(model, completion, gpu_cache, monkeypatch):
+    captures = []
+
+    def capture(call, generators):
+        captures.append(record(call, generators))
+        return captures[-1]
+
+    options = {"selector": "quantized:group=16", "completion": completion, "gpu_cache": gpu_cache, "longest": 1}
+    ids = token_ids(2)
+    expected, _, single = forced(model, ids, **options)
+    monkeypatch.setattr(step_graph, "capture_of", lambda device: capture)
+    given, lengths, stats = forced(model, ids, **options)
+    assert captures
+    assert lengths == [1] * N_NEW
+    assert_close(given, expected, atol=1e-4, rtol=1e-4)
+    same = ("read_tokens_per_step", "charged_tokens_per_step", "read_share", "charged_share", "decode_bytes_read")
+    assert {name: getattr(stats, name) for name in same} == {name: getattr(single, name) for name in same}
+    captures.clear()
+    forced(model, ids, **(options | {"longest": 256, "gpu_cache": None}))
+    assert captures == []
 
 
 def test_sequences_of_a_batch_are_scored_as_if_alone(model):

@@ -16,6 +16,7 @@ from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel
 from kvoffload.models.feed import feed
 from kvoffload.models.sampling import end_tokens
+from kvoffload.models.step_graph import Replays
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,23 @@ def answer(loaded: LoadedModel, prompts: Sequence[Prefilled], config: RuntimeCon
             prepare(layer)
         rows = _Rows(prompts, end_tokens(loaded.model, loaded.tokenizer))
         positions = torch.tensor([[p.n_tokens] for p in prompts], device=loaded.model.device)
-        while not rows.ended():
-            tokens = torch.tensor(rows.newest(), device=loaded.model.device)[:, None]
-            rows.add(_step(loaded.model, cache, tokens, positions + rows.n_steps))
+        tokens = torch.tensor([[p.first_token] for p in prompts], device=loaded.model.device)
+        with Replays.of(loaded.model, config) as replays:
+            while not rows.ended():
+                tokens = _step(replays, loaded.model, cache, tokens, positions + rows.n_steps)
+                rows.add(tokens[:, 0].tolist())
         decode = loaded.tokenizer.decode
         texts = tuple(str(decode(ids, skip_special_tokens=True)) for ids in rows.answers)
         return Answers(texts, Cost.of(cache))
 
 
-def _step(model: Any, cache: OffloadCache, tokens: Tensor, positions: Tensor) -> list[int]:
-    """Feed int64 [B, 1] at positions [B, 1]; the likeliest next tokens."""
-    logits = feed(model, cache, tokens, first=positions)
-    return logits[:, -1].float().argmax(-1).tolist()
+def _step(replays: Replays, model: Any, cache: OffloadCache, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Feed int64 [B, 1] at positions [B, 1], by a replay where that can be; the likeliest next tokens, int64 [B, 1],
+    valid until the next step."""
+    stepped = replays.step(cache, tokens, position=positions)
+    if stepped is not None:
+        return stepped.picked
+    return feed(model, cache, tokens, first=positions)[:, -1].argmax(-1, keepdim=True)
 
 
 class _Rows:
@@ -90,16 +96,12 @@ class _Rows:
 
     def add(self, tokens: list[int]) -> None:
         self.n_steps += 1
-        self._newest = tokens
         for i, token in enumerate(tokens):
             if not self._open[i]:
                 continue
             if token not in self._ends:
                 self.answers[i].append(token)
             self._open[i] = token not in self._ends and len(self.answers[i]) < self._limits[i]
-
-    def newest(self) -> list[int]:
-        return self._newest
 
     def ended(self) -> bool:
         return not any(self._open)

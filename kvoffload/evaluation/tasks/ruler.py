@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from kvoffload.errors import UsageError
 from kvoffload.evaluation.tasks.quiz import Question, QuizTask, Scorer, ask
-from kvoffload.evaluation.tasks.ruler_samples import MIN_CONTEXT, TASKS, Recipe, ruler_samples
+from kvoffload.evaluation.tasks.ruler_samples import MIN_CONTEXT, TASKS, Recipe, all_ruler_samples
 from kvoffload.evaluation.tasks.samples import Sample
 from kvoffload.evaluation.tasks.scoring import string_match
 from kvoffload.evaluation.texts import read_text, text_files
@@ -47,11 +47,8 @@ class RulerTask(QuizTask):
 
     def questions(self, tokenizer: Any, context: int) -> list[Question]:
         prose = "\n\n".join(read_text(file) for file in text_files(self.text)) if self.text else None
-        return [
-            ask(tokenizer, sample)
-            for name in self.subtasks
-            for sample in ruler_samples(Recipe(name, context, self.seed, tokenizer, prose), self.texts, self.samples)
-        ]
+        recipes = [Recipe(name, context, self.seed, tokenizer, prose) for name in self.subtasks]
+        return [ask(tokenizer, sample) for sample in all_ruler_samples(recipes, self.texts, self.samples)]
 
 
 def ruler_score(sample: Sample, text: str) -> float:

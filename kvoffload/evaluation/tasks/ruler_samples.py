@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +21,7 @@ from kvoffload.errors import UsageError
 from kvoffload.evaluation.tasks.samples import Sample, read_samples, write_samples
 
 MIN_CONTEXT = 4096  # lm-eval's shortest length; below it its generators change their form or never end
+_NO_LM_EVAL = "RULER's generators come from lm-eval: pip install 'kvoffload[eval]'"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _VT_EXAMPLE_TOKENS = 430  # lm-eval's worked example must fit into 500 tokens, or its generator never ends
 
@@ -92,18 +93,40 @@ def _vocabulary(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+def all_ruler_samples(recipes: Sequence[Recipe], n_samples: int, folder: Path | None) -> list[Sample]:
+    """``n_samples`` samples of every recipe; without lm-eval raises UsageError that names all which would have to be
+    made."""
+    for recipe in recipes:
+        recipe.check()
+    lacking = [recipe for recipe in recipes if kept_samples(recipe, n_samples, folder) is None]
+    if lacking and folder is not None and not _has_lm_eval():
+        names, files = (", ".join(found) for found in zip(*((r.task, r.file_name()) for r in lacking), strict=True))
+        raise UsageError(
+            f"{str(folder)!r} has not {n_samples} samples of {names} (files {files}), and {_NO_LM_EVAL}; or name the "
+            "other tasks with names=A+B"
+        )
+    return [sample for recipe in recipes for sample in ruler_samples(recipe, n_samples, folder)]
+
+
 def ruler_samples(recipe: Recipe, n_samples: int, folder: Path | None) -> list[Sample]:
     """``n_samples`` samples: the first ones of the folder's file if it holds as many, else made anew and kept there (or
     nowhere without a folder). Raises UsageError without lm-eval."""
     recipe.check()
-    if folder is None:
-        return generate(recipe, n_samples)
-    path = folder / recipe.file_name()
-    if path.exists() and len(kept := read_samples(path)) >= n_samples:
-        return kept[:n_samples]
+    if (kept := kept_samples(recipe, n_samples, folder)) is not None:
+        return kept
     samples = generate(recipe, n_samples)
-    write_samples(path, samples)
+    if folder is not None:
+        write_samples(folder / recipe.file_name(), samples)
     return samples
+
+
+def kept_samples(recipe: Recipe, n_samples: int, folder: Path | None) -> list[Sample] | None:
+    """The first ``n_samples`` of the folder's file; None if it holds fewer."""
+    path = None if folder is None else folder / recipe.file_name()
+    if path is None or not path.exists():
+        return None
+    kept = read_samples(path)
+    return kept[:n_samples] if len(kept) >= n_samples else None
 
 
 def generate(recipe: Recipe, n_samples: int) -> list[Sample]:
@@ -189,12 +212,16 @@ def _fwe(module: _Modules, recipe: Recipe, n_samples: int) -> list[dict[str, Any
 _GENERATORS = {"vt": _vt, "cwe": _cwe, "fwe": _fwe}
 
 
+def _has_lm_eval() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("lm_eval", "nltk"))
+
+
 @contextmanager
 def _lm_eval() -> Iterator[_Modules]:
     """lm-eval's modules by name: imported without its download of sentence models, split into sentences by
     punctuation, and silent."""
-    if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("nltk") is None:
-        raise UsageError("RULER's generators come from lm-eval: pip install 'kvoffload[eval]'")
+    if not _has_lm_eval():
+        raise UsageError(_NO_LM_EVAL)
     nltk_data = importlib.import_module("nltk.data")
     with ExitStack() as stack:
         stack.enter_context(_patched(nltk_data, find=lambda *_: None))
