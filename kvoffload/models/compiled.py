@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import count
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -36,6 +37,7 @@ _OPTIONS = {  # as far as this torch knows them
     "compile_threads": 1,  # no pool of processes for a dozen kernels
 }
 _PLAIN = (nn.Linear, nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm)
+_COUNT = count()
 _LOCK = threading.RLock()  # one thread at a time has models changed
 
 
@@ -112,9 +114,8 @@ class _Piece:
 
     def _check(self, given: Any, expected: Any, *, differs: bool = False) -> Any:
         """``given``, or ``expected`` where they differ by more than rounding."""
-        pairs = list(zip(tree_leaves(given), tree_leaves(expected), strict=False))
-        same = all(_alike(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
-        if differs or not same:
+        leaves, others = tree_leaves(given), tree_leaves(expected)
+        if differs or len(leaves) != len(others) or not all(map(_alike, leaves, others)):
             self.refusal = "its results differ"
             return expected
         self.is_checked = True
@@ -135,20 +136,20 @@ class _Layer(_Piece):
         passed_by = {name: value for name, value in named.items() if name in _PASSED_BY}
         _LOCAL.call = call = _Call(passed_by)
         try:
-            return self._call(call, layer, named)
+            return self._call(call, named, (layer, *args), kwargs)
         finally:
             _LOCAL.call = None
 
-    def _call(self, call: _Call, layer: nn.Module, named: dict[str, Any]) -> Any:
+    def _call(self, call: _Call, named: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            given = self.compiled(layer, **(named | dict.fromkeys(call.passed_by)))
+            given = self.compiled(args[0], **(named | dict.fromkeys(call.passed_by)))
         except Exception as error:
             if call.error is not None:  # not the compiler's
                 raise
-            return self._refused(error, (layer,), named)
+            return self._refused(error, args, kwargs)
         if self.is_checked:
             return given
-        expected = self.plain(layer, **named)
+        expected = self.plain(*args, **kwargs)
         return self._check(given, expected, differs=call.differs)
 
 
@@ -174,7 +175,7 @@ class Glue:
     def step(self) -> Iterator[None]:
         """Inside this block the model's decode steps of fixed shapes, in this thread, go through compiled code; what is
         not compiled yet will be, but not while a graph is captured."""
-        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        captured = _is_captured()
         with _LOCK, ExitStack() as undo:
             before, started = _n_graphs(), time.perf_counter()
             if captured:
@@ -256,12 +257,20 @@ def fused(glue: Glue | None) -> AbstractContextManager[None]:
     return nullcontext() if glue is None else glue.step()
 
 
+def _is_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _own(function: Forward) -> Forward:
-    """The same function with a code object of its own: what is compiled for one model is not another's."""
+    """The same function with a code object and a name of its own: neither what is compiled for one model nor which
+    sizes were seen to change is another's. What transformers wraps layers in for training is taken off."""
+    while isinstance(function, FunctionType) and function.__code__.co_name == "forward_with_checkpointing":
+        function = inspect.getattr_static(function, "__wrapped__")
     if not isinstance(function, FunctionType):
         return function
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COUNT)}")
     own = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
+        code, function.__globals__, function.__name__, function.__defaults__,
         function.__closure__,
     )  # fmt: skip
     own.__kwdefaults__ = function.__kwdefaults__
@@ -274,7 +283,9 @@ def _n_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def _alike(given: Tensor, expected: Tensor) -> bool:
+def _alike(given: Any, expected: Any) -> bool:
+    if not (isinstance(given, Tensor) and isinstance(expected, Tensor)):
+        return type(given) is type(expected)
     if given.shape != expected.shape or given.dtype != expected.dtype:
         return False
     error = (given.float() - expected.float()).abs().max()

@@ -95,6 +95,19 @@ def test_compiled_steps_are_the_models_own():
 
 
 @compiles
+def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
+    """What was compiled is used; other shapes than those run as they are."""
+    model = open_model()
+    glue, expected = Glue(model), {n: steps(model, None, n) for n in (1, 2)}
+    counters.clear()
+    for captured, n_sequences, n_graphs in ((True, 1, 0), (False, 1, 4), (True, 1, 4), (True, 2, 4)):
+        monkeypatch.setattr(compiled, "_is_captured", lambda captured=captured: captured)
+        assert error_of(steps(model, glue, n_sequences), expected[n_sequences]) < 1e-5
+        assert counters["stats"]["unique_graphs"] == n_graphs
+        assert bool(glue.note) == (n_graphs > 0)
+
+
+@compiles
 def test_experts_stay_outside_and_rounding_stays_the_models():
     """gpt-oss in bf16: attention with sinks, sliding layers and experts."""
     model = open_model("gpt_oss", torch.bfloat16)
