@@ -60,7 +60,7 @@ def generate(
     cpu_max: flags.CpuMax = None, session: flags.SessionFile = None, session_readonly: flags.SessionReadonly = None,
     verify: flags.Verify = None, prefetch: flags.Prefetch = None, fetch: flags.Fetch = None,
     fetch_ms: flags.FetchMs = None,
-    cuda_graph: flags.CudaGraph = None,
+    cuda_graph: flags.CudaGraph = None, compile: flags.Compile = None,
     budget: flags.Budget = None, selector: flags.Selector = None, completion: flags.Completion = None,
     policy: flags.Policy = None, max_dropped_mass: flags.MaxDroppedMass = None,
     dropped_mass_cap: flags.DroppedMassCap = None, audit: flags.Audit = None,

@@ -168,6 +168,7 @@ class RuntimeConfig(BaseModel):
     self_test: bool = True
     strict_context: bool = False
     cuda_graph: Literal["auto", "off"] = "auto"
+    compile: Literal["auto", "off"] = "auto"
 
     @model_validator(mode="after")
     def _check_together(self) -> "RuntimeConfig":

@@ -129,6 +129,11 @@ CudaGraph = Annotated[
     flag("--cuda-graph", help="Replay decode steps as one CUDA graph: auto, where that can be, or off.",
          default="auto"),
 ]  # fmt: skip
+Compile = Annotated[
+    str | None,
+    flag("--compile", help="Compile the model's own small operations (norms, activations, rotary) in steps of a CUDA "
+         "graph: auto or off.", default="auto"),
+]  # fmt: skip
 Verify = Annotated[
     bool | None,
     flag("--verify/--no-verify", help="Compare every slice read from files with its checksum.", default="off"),

@@ -21,7 +21,7 @@ Peers = Annotated[
     str,
     typer.Option(
         "--peers",
-        help="all, none, or by commas of dense (one CUDA graph), dynamic and offloaded "
+        help="all, none, or by commas of dense (one CUDA graph, compiled as ours is), dynamic and offloaded "
         "(transformers' caches), selection and resident (ours without completion, with --offload none).",
     ),
 ]

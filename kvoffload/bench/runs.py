@@ -16,6 +16,7 @@ from kvoffload.bench.imposed import ImposedHits
 from kvoffload.bench.prompt_kv import PromptKv
 from kvoffload.buffers import tensor_bytes
 from kvoffload.config import RuntimeConfig
+from kvoffload.models.compiled import Glue, glue_of
 from kvoffload.models.feed import feed
 from kvoffload.models.self_test import switch_attention
 from kvoffload.models.stock import ResidentStep, cache_tensors, stock_attention, stock_cache
@@ -122,7 +123,7 @@ class OurRun(Run):
         told = ("budget_tokens", "read_tokens_per_step", "charged_tokens_per_step", "hit_rate", "completion_mass")
         replays = self._session.replays
         refusal = "" if replays.graph is None else replays.graph.refusal
-        graph = {"graph_steps": replays.count, "graph_refusal": refusal}
+        graph = {"graph_steps": replays.count, "graph_refusal": refusal, "compiled": replays.compiled}
         return {name: getattr(stats, name) for name in told} | {"index_host_bytes": stats.index_host_bytes, **graph}
 
     def _moved(self) -> int:
@@ -158,12 +159,14 @@ class StockRun(Run):
 
 
 class DenseRun(Run):
-    """Dense attention over KV on the device, the whole step in one CUDA graph where there are graphs."""
+    """Dense attention over KV on the device, the whole step in one CUDA graph where there are graphs; with ``glue`` the
+    model's small operations are compiled."""
 
-    def __init__(self, model: Any, kv: PromptKv, case: Case) -> None:
-        self._model = model
+    def __init__(self, model: Any, kv: PromptKv, case: Case, glue: Glue | None) -> None:
+        self._model, self._glue = model, glue
         with torch.inference_mode():
-            self._resident = ResidentStep(model, kv.layers(case.n_sequences, case.n_tokens), case.n_sequences)
+            layers = kv.layers(case.n_sequences, case.n_tokens)
+            self._resident = ResidentStep(model, layers, case.n_sequences, glue=glue)
         self._again = Clock(model.device).graph(self._resident)
 
     @torch.inference_mode()
@@ -179,6 +182,9 @@ class DenseRun(Run):
     @property
     def kv_bytes(self) -> int:
         return self._resident.kv_bytes
+
+    def told(self) -> dict[str, Any]:
+        return {"compiled": "" if self._glue is None else self._glue.note}
 
 
 @dataclass(frozen=True)
@@ -208,12 +214,13 @@ def ours(name: str, model: Any, config: RuntimeConfig, kv: PromptKv) -> Contende
     return Contender(name, opened, is_dense=config.offload == "none", tier=config.offload)
 
 
-def dense(model: Any, kv: PromptKv) -> Contender:
-    """Dense attention captured in a CUDA graph."""
+def dense(model: Any, config: RuntimeConfig, kv: PromptKv) -> Contender:
+    """Dense attention captured in a CUDA graph, the rest of the model compiled where ours would be."""
+    glue = glue_of(model, config.compile)
 
     @contextmanager
     def opened(case: Case) -> Iterator[Run]:
-        yield DenseRun(model, kv, case)
+        yield DenseRun(model, kv, case, glue)
 
     return Contender("dense", opened, exact_steps=1, is_dense=True)
 
@@ -235,7 +242,7 @@ def stock(name: str, model: Any, kv: PromptKv, *, offloading: bool, eager: bool 
 
 
 PEERS = {
-    "dense": "dense attention on the device, one CUDA graph a step",
+    "dense": "dense attention on the device, one CUDA graph a step, compiled as ours is",
     "dynamic": "transformers' DynamicCache",
     "offloaded": "transformers' DynamicCache(offloading=True)",
     "selection": "ours, selection alone",
@@ -246,7 +253,7 @@ PEERS = {
 def peers(names: tuple[str, ...], model: Any, config: RuntimeConfig, kv: PromptKv) -> list[Contender]:
     """The named peers of ``config``, in order."""
     made: dict[str, Callable[[], Contender]] = {
-        "dense": lambda: dense(model, kv),
+        "dense": lambda: dense(model, config, kv),
         "dynamic": lambda: stock("dynamic", model, kv, offloading=False),
         "offloaded": lambda: stock("offloaded", model, kv, offloading=True),
         "selection": lambda: ours("selection", model, selection_only(config), kv),

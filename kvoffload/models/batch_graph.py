@@ -16,6 +16,7 @@ from torch import Tensor
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
 from kvoffload.models.batch import FAILURES, Fed, batch_of, feed_together
 from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.compiled import Glue, fused
 from kvoffload.models.step_graph import Capture, Captured, StepGraph, Stepped
 
 Key = tuple[tuple[int, int], ...]
@@ -23,13 +24,15 @@ Key = tuple[tuple[int, int], ...]
 
 class BatchSteps:
     """The shared steps of sequences of one model. Without ``capture`` they are plain forwards. In those that can be
-    captured the sequences' attention is spread over ``n_branches`` streams. ``n_replays`` counts the steps that were
-    replays, ``refusal`` says why none are any more."""
+    captured the sequences' attention is spread over ``n_branches`` streams, and with ``glue`` the model's small
+    operations are compiled. ``n_replays`` counts the steps that were replays, ``refusal`` says why none are any
+    more."""
 
     def __init__(
-        self, model: Any, capture: Capture | None, *, room_tokens: int = ROOM_TOKENS, n_branches: int = 1
-    ) -> None:
-        self._model, self._capture, self._room_tokens = model, capture, room_tokens
+        self, model: Any, capture: Capture | None, *, room_tokens: int = ROOM_TOKENS, n_branches: int = 1,
+        glue: Glue | None = None,
+    ) -> None:  # fmt: skip
+        self._model, self._capture, self._room_tokens, self._glue = model, capture, room_tokens, glue
         self._branches = tuple(torch.cuda.Stream(model.device) for _ in range(n_branches if n_branches > 1 else 0))
         self._fixed: WeakKeyDictionary[OffloadCache, FixedSteps] = WeakKeyDictionary()
         self._numbers: WeakKeyDictionary[OffloadCache, int] = WeakKeyDictionary()  # an id would come again
@@ -106,7 +109,8 @@ class BatchSteps:
         for cache in caches:
             cache.fixed = True
         try:
-            output = self._model(ids, position_ids=positions, past_key_values=batch, use_cache=True)
+            with fused(self._glue):
+                output = self._model(ids, position_ids=positions, past_key_values=batch, use_cache=True)
         finally:
             for cache in caches:
                 cache.fixed = False

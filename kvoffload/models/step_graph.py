@@ -18,6 +18,7 @@ from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
 from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.compiled import Glue, fused
 from kvoffload.models.sampling import Sampler
 
 
@@ -55,10 +56,14 @@ def capture_of(device: torch.device) -> Capture | None:
 
 class StepGraph:
     """The decode steps of one cache whose layers have all begun. ``n_replays`` counts those that were replays;
-    ``refusal`` says why none are any more, if the model's steps could not be captured."""
+    ``refusal`` says why none are any more, if the model's steps could not be captured. With ``glue`` their small
+    operations are compiled."""
 
-    def __init__(self, model: Any, cache: OffloadCache, capture: Capture, *, room_tokens: int = ROOM_TOKENS) -> None:
-        self._model, self.cache, self._capture = model, cache, capture
+    def __init__(
+        self, model: Any, cache: OffloadCache, capture: Capture, *, room_tokens: int = ROOM_TOKENS,
+        glue: Glue | None = None,
+    ) -> None:  # fmt: skip
+        self._model, self.cache, self._capture, self._glue = model, cache, capture, glue
         self._steps = FixedSteps(cache.offloaded, room_tokens=room_tokens)
         shape = (cache.offloaded[0].geometry.n_sequences, 1)
         self._ids, self._positions = (torch.zeros(shape, dtype=torch.int64, device=model.device) for _ in range(2))
@@ -112,7 +117,7 @@ class StepGraph:
     def _forward(self, sampler: Sampler | None) -> Stepped:
         """The device's part of a step."""
         options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
-        with _fixed(self.cache):
+        with _fixed(self.cache), fused(self._glue):
             output = self._model(self._ids, position_ids=self._positions, **options)
         logits: Tensor = output.logits[:, -1]
         return Stepped(logits, logits.argmax(-1, keepdim=True) if sampler is None else sampler.pick(logits))
@@ -132,8 +137,8 @@ class Replays:
     """Feeds the tokens of whatever cache there is by steps of fixed shapes, where that can be; nowhere without a way to
     capture them. Close it (or use a ``with`` block) to give the memory of the newest graph back."""
 
-    def __init__(self, model: Any, capture: Capture | None) -> None:
-        self._model, self.capture = model, capture
+    def __init__(self, model: Any, capture: Capture | None, glue: Glue | None = None) -> None:
+        self._model, self.capture, self.glue = model, capture, glue
         self.graph: StepGraph | None = None
         self._n_before = 0  # replays of the graphs before this one
 
@@ -160,6 +165,11 @@ class Replays:
             torch.cuda.empty_cache()  # nothing else may use a graph's memory before
 
     @property
+    def compiled(self) -> str:
+        """What of the model's own operations is compiled; see ``Glue.note``."""
+        return "" if self.glue is None else self.glue.note
+
+    @property
     def count(self) -> int:
         """Steps that were replays."""
         return self._n_before + (0 if self.graph is None else self.graph.n_replays)
@@ -172,5 +182,5 @@ class Replays:
             return None
         if self.graph is None or self.graph.cache is not cache:
             self._n_before = self.count
-            self.graph = StepGraph(self._model, cache, self.capture)
+            self.graph = StepGraph(self._model, cache, self.capture, glue=self.glue)
         return self.graph.step(ids, cache.get_seq_length() if position is None else position, sampler)

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from kvoffload.buffers import tensor_bytes
 from kvoffload.errors import UsageError
+from kvoffload.models.compiled import Glue, fused
 from kvoffload.models.self_test import own_attention, switch_attention
 
 LayerKv = tuple[Tensor, Tensor]
@@ -95,11 +96,12 @@ class ResidentLayer(CacheLayerMixin):
 
 class ResidentStep:
     """Dense greedy decoding on the device without anything that waits for the host, so that it can be captured: every
-    call is the step behind the given KV. ``ids`` int64 [B, 1] is the token fed, and then the one that follows."""
+    call is the step behind the given KV. ``ids`` int64 [B, 1] is the token fed, and then the one that follows. With
+    ``glue`` the model's small operations are compiled."""
 
-    def __init__(self, model: Any, layers: Iterable[LayerKv], n_sequences: int) -> None:
+    def __init__(self, model: Any, layers: Iterable[LayerKv], n_sequences: int, *, glue: Glue | None = None) -> None:
         switch_attention(model)  # without a mask it is torch's fused attention, on kv heads that are not repeated
-        self._model = model
+        self._model, self._glue = model, glue
         self._cache = Cache(layers=[ResidentLayer(*kv) for kv in layers])
         self.ids = torch.zeros(n_sequences, 1, dtype=torch.int64, device=model.device)
         self._position = torch.full_like(self.ids, self._cache.get_seq_length())
@@ -107,7 +109,8 @@ class ResidentStep:
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        output = self._model(self.ids, position_ids=self._position, past_key_values=self._cache, use_cache=True)
+        with fused(self._glue):
+            output = self._model(self.ids, position_ids=self._position, past_key_values=self._cache, use_cache=True)
         self.logits = output.logits[:, -1]
         self.ids.copy_(self.logits.argmax(-1, keepdim=True))
 

@@ -13,6 +13,7 @@ from kvoffload.errors import UsageError
 from kvoffload.models.batch_graph import BatchSteps
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
+from kvoffload.models.compiled import glue_of
 from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.parallel import ALONE, Ranks, find_ranks, stage_layers
 from kvoffload.models.progress import OnProgress, ignore
@@ -102,7 +103,8 @@ class Runtime:
         them."""
         assert self.loaded is not None, "only a model of its own is decoded"
         capture = capture_of(self.loaded.model.device) if self.config.replays_steps else None
-        return BatchSteps(self.loaded.model, capture)
+        glue = None if capture is None else glue_of(self.loaded.model, self.config.compile)
+        return BatchSteps(self.loaded.model, capture, glue=glue)
 
     def stream_together(
         self, sessions: Sequence[Session], sampling: SamplingConfig | None = None

@@ -18,7 +18,7 @@ _SUMS = frozenset(
     {"bytes_read", "decode_bytes_read", "refresh_bytes_read", "bytes_written", "resident_bytes", "index_host_bytes"}
 )
 _SAME = frozenset(
-    {"prompt_tokens", "new_tokens", "restored_tokens", "computed_tokens", "max_dropped_mass", "graph_steps"}
+    {"prompt_tokens", "new_tokens", "restored_tokens", "computed_tokens", "max_dropped_mass", "graph_steps", "compiled"}
 )
 _LARGEST = frozenset({"ttft_s", "tpot_ms", "disk_wait_ms", "recomputed_pages"})
 

@@ -14,6 +14,7 @@ from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.batch import Fed
 from kvoffload.models.cache import OffloadCache
+from kvoffload.models.compiled import glue_of
 from kvoffload.models.feed import feed
 from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
@@ -56,7 +57,8 @@ class Session:
         self._ttft_s: float | None = None
         self._started_s = self._step_s = 0.0
         self._interrupt = Interrupt(ranks.largest)
-        self.replays = Replays(model, capture_of(model.device) if config.replays_steps and not ranks.several else None)
+        capture = capture_of(model.device) if config.replays_steps and not ranks.several else None
+        self.replays = Replays(model, capture, None if capture is None else glue_of(model, config.compile))
         self._picked: Tensor | int | None = None  # the token that the newest step picked
 
     def __enter__(self) -> Self:
@@ -250,6 +252,7 @@ class Session:
             recomputed_pages=self.recomputed_pages,
             max_dropped_mass=self.config.max_dropped_mass,
             graph_steps=self.replays.count,
+            compiled=self.replays.compiled,
         )
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from kvoffload.attention.layer import LayerCache
 class Stats:
     """Means over decode steps, layers and kv heads; shares are of the mean context length. ``disk_wait_ms`` is the part
     of a step that waited for files, all layers together; ``late_share`` of the slices asked for were not waited for.
-    ``graph_steps`` of the steps were replays of a captured graph. None where no step was made."""
+    ``graph_steps`` of the steps were replays of a captured graph; ``compiled`` says what of the model is compiled in
+    them. None where no step was made."""
 
     prompt_tokens: int
     new_tokens: int
@@ -44,6 +45,7 @@ class Stats:
     dropped_mass: float | None = None
     dropped_mass_held: float | None = None
     graph_steps: int = 0
+    compiled: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,6 +122,7 @@ def collect(
     recomputed_pages: int = 0,
     max_dropped_mass: float | None = None,
     graph_steps: int = 0,
+    compiled: str = "",
 ) -> Stats:
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
     what was read and written between tiers for a session file."""
@@ -163,6 +166,7 @@ def collect(
         scored_share=scored_share(layers),
         max_dropped_mass=max_dropped_mass,
         graph_steps=graph_steps,
+        compiled=compiled,
         dropped_mass=audited.mean if audited else None,
         dropped_mass_held=audited.held if audited else None,
     )
