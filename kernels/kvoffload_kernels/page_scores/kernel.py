@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kvoffload_kernels.merge.kernel import merge_splits
-from kvoffload_kernels.page_scores.scores import score_pages
 from kvoffload_kernels.tiles import (
     INTERPRETED,
     MAX_HEADS,
@@ -21,6 +20,11 @@ from kvoffload_kernels.tiles import (
     padded_heads,
     product,
 )
+
+try:
+    from kvoffload_kernels.page_scores.scores import score_pages
+except ImportError:  # Gluon has no product for single warps before triton 3.6
+    from kvoffload_kernels.page_scores.reference import score_pages
 
 __all__ = ["attend_index", "score_pages", "supported"]
 
