@@ -32,8 +32,8 @@ def _no_layout(*_: object) -> None:
 
 
 _FUNCTIONS = (
-    "where", "sum", "max", "minimum", "permute", "reshape", "expand_dims", "load", "store", "program_id", "exp2",
-    "log2", "fma",
+    "where", "join", "split", "sum", "max", "minimum", "permute", "reshape", "expand_dims", "load", "store", "exp2",
+    "log2", "fma", "program_id",
 )  # fmt: skip
 _TYPES = ("int16", "uint16", "int32", "int64", "float32", "bfloat16")
 

@@ -25,8 +25,8 @@ _UP, _DOWN, _LOG2E, _LN2 = 64, 2.0**69, 1.4426950408889634, 0.6931471805599453
 def _layouts(
     bits: int, words: int, word_bits: int, tokens: int, channels: int, heads: int, size: int
 ) -> dict[str, Any]:
-    """Of words [T, S, W] and as loaded [T, W], of steps [8 / bits, W, bytes a word] and as loaded, of the zeros of 16
-    groups [16, 4, C / 4] and of scores [pages, heads].
+    """Of pairs of words [T, S, W / 2] and of words as loaded [T, W], of steps [8 / bits, W, bytes a word] and as
+    loaded, of the zeros of 16 groups [16, 4, C / 4] and of scores [pages, heads].
 
     In an operand of width KW lanes 0 and 1 stand for words KW and 2 KW, the rest of the words, shifts and planes of
     codes are registers.
@@ -37,23 +37,26 @@ def _layouts(
     near, lane = columns[:j] + columns[j + 2 :], columns[j : j + 2]
     rows = powers(tokens)
     n_bytes, planes, shifts = word_bits // 8, 8 // bits, word_bits // bits
-    codes = [
-        [[0, 0, x] for x in near] + [[x, 0, 0] for x in rows[3:]] + [[0, x, 0] for x in powers(shifts)],
-        [[0, 0, x] for x in lane] + [[x, 0, 0] for x in rows[:3]],
+    codes = [  # of pairs of words
+        [[0, 0, x // 2] for x in near[1:]] + [[x, 0, 0] for x in rows[3:]] + [[0, x, 0] for x in powers(shifts)],
+        [[0, 0, x // 2] for x in lane] + [[x, 0, 0] for x in rows[:3]],
     ]
     steps = [
         [[0, 0, x] for x in powers(n_bytes)] + [[0, x, 0] for x in near] + [[x, 0, 0] for x in powers(planes)],
         [[0, x, 0] for x in lane] + 3 * [[0, 0, 0]],
     ]
     flat = [[[plane * words * n_bytes + word * n_bytes + byte] for plane, word, byte in bases] for bases in steps]
-    loaded = [[[row, word] for row, shift, word in bases if not shift] for bases in codes]
+    loaded = [
+        [[0, x] for x in near] + [[x, 0] for x in rows[3:]],
+        [[0, x] for x in lane] + [[x, 0] for x in rows[:3]],
+    ]
     quarter = [[0, 0, x] for x in powers(channels // 4)]
     eight = [[x, 0, 0] for x in (1, 2, 4)]
     pages = [x // size for x in rows]
     return {
         "MMA": MMA,
         "KW": width,
-        "CODES": linear(codes[0], codes[1], [tokens, shifts, words]),
+        "CODES": linear(codes[0], codes[1], [tokens, shifts, words // 2]),
         "CODES_IN": linear(loaded[0], loaded[1], [tokens, words]),
         "STEPS": linear(steps[0], steps[1], [planes, words, n_bytes]),
         "STEPS_IN": linear(flat[0], flat[1], [planes * words * n_bytes]),
@@ -104,29 +107,39 @@ def _bases(  # type: ignore[no-untyped-def]
 
 
 @jit  # type: ignore[untyped-decorator]
-def _values(words, BITS: tl.constexpr, SHIFT: tl.constexpr, S: tl.constexpr, CODES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """All codes of words [T, W] at their places of the lower byte, int16 [T, S, W]."""
-    place = _along(S, 1, CODES) * BITS
-    mask = (((1 << BITS) - 1) << (place % SHIFT)).to(gl.int16)
+def _pairs(words, T: tl.constexpr, WP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two words in one int32, the lower one first: [T, WP] to [T, WP / 2]."""
+    low, high = gl.split(gl.reshape(words.to(gl.int16), [T, WP // 2, 2]))
     if INTERPRETED:
-        words = words.to(gl.uint16, bitcast=True)
-        above = words >> SHIFT
-        return gl.where(place < SHIFT, gl.expand_dims(words, 1), gl.expand_dims(above, 1)).to(gl.int16) & mask
-    else:  # two words at a time; what comes down from the upper one into the lower one is masked off
-        above = gl.inline_asm_elementwise("shr.u32 $0, $1, 8;", "=r,r", [words], dtype=gl.int16, is_pure=True, pack=2)
-        both = gl.where(place < SHIFT, gl.expand_dims(words, 1), gl.expand_dims(above, 1))
+        return (low.to(gl.int32) & 0xFFFF) | (high.to(gl.int32) << 16)
+    else:
         return gl.inline_asm_elementwise(
-            "and.b32 $0, $1, $2;", "=r,r,r", [both, mask], dtype=gl.int16, is_pure=True, pack=2
+            "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
         )
 
 
-@jit
-def _patterns(x):  # type: ignore[no-untyped-def]
-    """The bf16 with the bits of x int16; the interpreter takes no subnormal ones."""
-    if INTERPRETED:
-        return (x.to(gl.int32) << 16).to(gl.float32, bitcast=True)
+@jit  # type: ignore[untyped-decorator]
+def _values(  # type: ignore[no-untyped-def]
+    pairs,
+    BITS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    """All codes of pairs of words [T, WP / 2] as bf16 with the bits of their words' lower byte, [T, S * WP = K]."""
+    place = _along(S, 1, CODES) * BITS
+    mask = (((1 << BITS) - 1) << (place % SHIFT)) * 0x00010001
+    # what comes down from the higher word into the lower one is masked off
+    values = (gl.expand_dims(pairs, 1) >> (place // SHIFT * SHIFT)) & mask
+    if INTERPRETED:  # it takes no subnormal bf16
+        low, high = (values << 16).to(gl.float32, bitcast=True), (values & -65536).to(gl.float32, bitcast=True)
     else:
-        return x.to(gl.bfloat16, bitcast=True)
+        low, high = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [values], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
+        )
+    return gl.reshape(gl.join(low, high), [T, K])
 
 
 @jit
@@ -188,7 +201,7 @@ def _score_pages(  # type: ignore[no-untyped-def]
         word = _along(WP, 1, STEPS)
         step_at = _along(PLANES, 0, STEPS) * WIDTH + word * BYTES + _along(BYTES, 2, STEPS)
         step_is = (step_at >= 0) & (word < WORDS)
-    next_words = gl.load(codes + first.to(gl.int64) * (T * WORDS) + code_at, mask=code_is, other=0)
+    next_pairs = _pairs(gl.load(codes + first.to(gl.int64) * (T * WORDS) + code_at, mask=code_is, other=0), T, WP)
     next_steps = gl.load(step + first.to(gl.int64) * DIM + step_at, mask=step_is, other=0.0)
 
     bases = _bases(query, zero + row * stats_row, first, last, heads_left, DIM, DP, N, ZEROS, MMA) * LOG2E
@@ -205,16 +218,16 @@ def _score_pages(  # type: ignore[no-untyped-def]
         gl.arange(0, PAGES, layout=gl.SliceLayout(1, SCORES)),
     )
     for g in range(first, last):
-        words, steps = next_words, next_steps
+        pairs, steps = next_pairs, next_steps
         following = gl.minimum(g + 1, last - 1).to(gl.int64)
-        next_words = gl.load(codes + following * (T * WORDS) + code_at, mask=code_is, other=0)
+        next_pairs = _pairs(gl.load(codes + following * (T * WORDS) + code_at, mask=code_is, other=0), T, WP)
         next_steps = gl.load(step + following * DIM + step_at, mask=step_is, other=0.0)
         steps = gl.reshape(gl.permute(gl.reshape(steps, [PLANES, WP, BYTES]), (2, 0, 1)), [K])
         steps = gl.convert_layout(steps, gl.SliceLayout(1, B)).to(gl.float32)
         stepped = _halves(q * steps[:, None], (n % 2)[None, :])
-        values = _values(gl.convert_layout(words.to(gl.int16), gl.SliceLayout(1, CODES)), BITS, SHIFT, S, CODES)
-        values = _patterns(gl.convert_layout(gl.reshape(values, [T, K]), A))
-        z = multiply(values, stepped, gl.zeros([T, N], gl.float32, MMA))
+        pairs = gl.convert_layout(pairs, gl.SliceLayout(1, CODES))
+        values = _values(pairs, BITS, SHIFT, S, K, T, CODES)
+        z = multiply(gl.convert_layout(values, A), stepped, gl.zeros([T, N], gl.float32, MMA))
         z = z * (DOWN * LOG2E) + gl.sum(gl.where((base_of == g - first)[:, None], bases, 0.0), 0)[None, :]
         if MISSING:
             z = gl.where((g * T + tokens >= gl.load(missing + row))[:, None], z, -float("inf"))
