@@ -7,6 +7,7 @@ from kvoffload_kernels.page_scores import reference
 from torch.testing import assert_close
 
 kernel = pytest.importorskip("kvoffload_kernels.page_scores.kernel", exc_type=ImportError)
+scores = pytest.importorskip("kvoffload_kernels.page_scores.scores", exc_type=ImportError)
 
 ROWS = 3
 CLOSE = {"atol": 1e-3, "rtol": 1e-5}  # kernels/README.md
@@ -40,7 +41,7 @@ def page_mask(n_queries, n_pages, seed=5):
 
 @pytest.mark.parametrize("missing", [None, torch.tensor([0, 5, 41])])
 @pytest.mark.parametrize(
-    ("dim", "bits", "heads"), [(64, 2, 1), (96, 2, 7), (128, 2, 4), (256, 2, 16), (80, 1, 3), (64, 4, 9)]
+    ("dim", "bits", "heads"), [(64, 2, 1), (96, 2, 7), (128, 2, 4), (256, 2, 16), (80, 1, 3), (72, 1, 2), (64, 4, 9)]
 )
 @pytest.mark.parametrize("twin", [reference, kernel], ids=["reference", "triton"])
 def test_page_masses_are_those_of_the_restored_keys(twin, dim, bits, heads, missing):
@@ -49,6 +50,23 @@ def test_page_masses_are_those_of_the_restored_keys(twin, dim, bits, heads, miss
     scores = twin.score_pages(*given, n_tokens=n_tokens, page_size=8, missing=missing)
     logits, _ = definition(*given, n_tokens, missing)
     assert_close(scores.double(), logits.unflatten(-1, (-1, 8)).logsumexp(-1), **CLOSE)
+
+
+@pytest.mark.parametrize(("group", "page_size"), [(16, 16), (32, 1), (64, 16), (128, 32)])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masses_at_other_groups_and_pages(bits, group, page_size):
+    given = index(128, bits, n_groups=2, group=group)
+    masses = kernel.score_pages(*given, n_tokens=2 * group, page_size=page_size)
+    logits, _ = definition(*given, 2 * group, None)
+    assert_close(masses.double(), logits.unflatten(-1, (-1, page_size)).logsumexp(-1), **CLOSE)
+
+
+@pytest.mark.parametrize(("programs", "n_groups"), [(1, 5), (1, 19), (12, 9)])
+def test_a_program_takes_several_groups(monkeypatch, programs, n_groups):
+    monkeypatch.setattr(scores, "_PROGRAMS", programs)
+    given, missing = index(64, 2, n_groups=n_groups), torch.tensor([0, 5, 41])
+    options = {"n_tokens": n_groups * 32 - 8, "page_size": 8, "missing": missing}
+    assert_close(kernel.score_pages(*given, **options), reference.score_pages(*given, **options), **CLOSE)
 
 
 @pytest.mark.parametrize("n_queries", [1, 2])

@@ -18,11 +18,16 @@ from kvoffload_kernels.tiles import (
     log_of,
     not_excluded,
     padded_heads,
-    page_lse,
     product,
 )
 
-_GROUPS = 4  # groups of tokens that one program scores
+try:
+    from kvoffload_kernels.page_scores.scores import score_pages
+except ImportError:  # Gluon has no product for single warps before triton 3.6
+    from kvoffload_kernels.page_scores.reference import score_pages
+
+__all__ = ["attend_index", "score_pages", "supported"]
+
 _PROGRAMS = 1024  # attention is split over tokens into about so many
 
 
@@ -47,39 +52,6 @@ def _codes(  # type: ignore[no-untyped-def]
     if INTERPRETED:
         return (planes + 128).to(tl.float32).to(tl.bfloat16)
     return (planes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)  # two bit operations instead of two conversions
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _score_pages(  # type: ignore[no-untyped-def]
-    query, codes, zero, step, missing, out, n_groups, n_pages, codes_row, stats_row,
-    HEADS: tl.constexpr, HP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr,
-    BITS: tl.constexpr, T: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, MISSING: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    K: tl.constexpr = 8 // BITS * WP
-    k, n, token = tl.arange(0, K), tl.arange(0, 2 * HP), tl.arange(0, T)
-    channel, real = k // WP * WIDTH + k % WP, k % WP < WIDTH
-    head, second = n % HP, n >= HP
-    mask = (head < HEADS)[:, None] & real[None, :]
-    q = tl.load(query + (row * HEADS + head)[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
-    first = tl.program_id(0) * GROUPS
-    for g in range(first, tl.minimum(first + GROUPS, n_groups)):
-        group = tl.full([], 0, tl.int64) + g
-        stats = row * stats_row + group * DIM + channel
-        base = tl.sum(q * tl.load(zero + stats, mask=real, other=0.0).to(tl.float32)[None, :], 1)
-        stepped = q * tl.load(step + stats, mask=real, other=0.0).to(tl.float32)[None, :]
-        values = _codes(codes + row * codes_row + group * T * WIDTH, BITS, WIDTH, WP, T)
-        stepped = halves(stepped, second[:, None], tl.bfloat16)
-        base = tl.where(second, 0.0, base) - 128 * tl.sum(stepped.to(tl.float32), 1)
-        z = product(stepped, values) + base[:, None]
-        z = joined(z, HP, T)
-        if MISSING:
-            counts = g * T + token >= tl.load(missing + row)
-            z = tl.where(counts[None, :], z, -float("inf"))
-        lse = page_lse(z, HP, T // SIZE, SIZE)
-        heads, pages = tl.arange(0, HP), g * (T // SIZE) + tl.arange(0, T // SIZE)
-        place = (row * HEADS + heads)[:, None] * n_pages + pages[None, :]
-        tl.store(out + place, lse, mask=(heads < HEADS)[:, None] & (pages < n_pages)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -129,30 +101,6 @@ def _attend_index(  # type: ignore[no-untyped-def]
     mask = (heads < HEADS)[:, None] & real[None, :]
     tl.store(out + place[:, None] * DIM + channel[None, :], acc / tl.where(mass > 0, mass, 1.0)[:, None], mask=mask)
     tl.store(lse_out + place, lse, mask=heads < HEADS)
-
-
-def score_pages(
-    query: Tensor,
-    codes: Tensor,
-    zero: Tensor,
-    step: Tensor,
-    bits: int,
-    *,
-    n_tokens: int,
-    page_size: int,
-    missing: Tensor | None = None,
-) -> Tensor:
-    """As ``reference.score_pages`` where ``supported``; rows of codes, zero and step may lie apart."""
-    rows, heads, _ = query.shape
-    n_pages, n_groups = n_tokens // page_size, -(-n_tokens // codes.shape[2])
-    out = query.new_empty(rows, heads, n_pages)
-    if n_pages > 0:
-        arguments = _arguments(query, codes, zero, step, missing)
-        _score_pages[(triton.cdiv(n_groups, _GROUPS), rows)](
-            *arguments, out, n_groups, n_pages, codes.stride(0), zero.stride(0),
-            GROUPS=_GROUPS, num_warps=1, **_sizes(query, codes, bits, page_size, missing),
-        )  # fmt: skip
-    return out
 
 
 def attend_index(
