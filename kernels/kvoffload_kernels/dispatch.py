@@ -18,7 +18,7 @@ from kvoffload_kernels.transform_code import reference as transform_code
 from kvoffload_kernels.transform_code.reference import Levels
 
 VERIFIED: frozenset[str] = frozenset(
-    {"gather", "page_scores", "transform_code", "sparse_decode", "completion", "merge"}
+    {"cache_slots", "completion", "gather", "merge", "page_scores", "page_shares", "sparse_decode", "transform_code"}
 )
 """Folders whose Triton kernels a GPU has shown to equal their references (by ``scripts/kernel-check``; the gather by
 ``scripts/gpu-check``). Only these are used, and only on CUDA; a folder is named here once its check has passed."""
