@@ -209,7 +209,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     n_bytes = -(-codes.shape[-1] // per_byte)
     padded = F.pad(codes, (0, n_bytes * per_byte - codes.shape[-1])).unflatten(-1, (n_bytes, per_byte))
-    joined = padded[..., 0]
+    joined: Tensor = padded[..., 0]
     for place in range(1, per_byte):
         joined = joined | padded[..., place] << place * bits
     return joined
