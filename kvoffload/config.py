@@ -168,7 +168,11 @@ class RuntimeConfig(BaseModel):
     self_test: bool = True
     strict_context: bool = False
     cuda_graph: Literal["auto", "off"] = "auto"
-    compile: Literal["auto", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+
+    def for_long(self) -> "RuntimeConfig":
+        """The same for a process that decodes long enough to earn what compiling costs: there auto is on."""
+        return self.model_copy(update={"compile": "on"}) if self.compile == "auto" else self
 
     @model_validator(mode="after")
     def _check_together(self) -> "RuntimeConfig":

@@ -132,7 +132,7 @@ CudaGraph = Annotated[
 Compile = Annotated[
     str | None,
     flag("--compile", help="Compile the model's own small operations (norms, activations, rotary) in steps of a CUDA "
-         "graph: auto or off.", default="auto"),
+         "graph: on, off, or auto: in serve and bench.", default="auto"),
 ]  # fmt: skip
 Verify = Annotated[
     bool | None,

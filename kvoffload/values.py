@@ -9,6 +9,7 @@ from kvoffload_kernels.dispatch import merge_parts
 from torch import Tensor
 
 from kvoffload.buffers import page_mask
+from kvoffload.cross_sums import cross_sums
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class KeySample:
         n_valid = weights.sum(1).clamp_min(1)
         mean = (keys * weights).sum(1) / n_valid
         centred = (keys - mean[:, None]) * weights
-        return mean, centred.mT @ centred / n_valid[..., None]
+        return mean, cross_sums(centred, centred) / n_valid[..., None]
 
     @property
     def query_moment(self) -> Tensor:

@@ -15,6 +15,7 @@ from kvoffload_kernels.gather import reference as gather
 from kvoffload_kernels.merge import reference as merge
 from kvoffload_kernels.page_scores import reference as page_scores
 from kvoffload_kernels.page_shares import reference as page_shares
+from kvoffload_kernels.page_top import reference as page_top
 from kvoffload_kernels.sparse_decode import reference as sparse_decode
 from kvoffload_kernels.transform_code import reference as transform_code
 from kvoffload_kernels.transform_code.reference import Levels
@@ -273,6 +274,27 @@ def share_pages(scores: Tensor, anchor_lse: Tensor) -> Tensor:
         if kernel.supported(scores):
             return kernel.share_pages(scores, anchor_lse)
     return page_shares.share_pages(scores, anchor_lse)
+
+
+def fuses_top_pages(scores: Tensor, n_slices: int) -> bool:
+    """Whether ``top_pages`` is a few kernels for these. There is no other twin of it in steps: elsewhere Top-K is
+    exact, without steps of shares."""
+    if not _verified("page_top", scores):
+        return False
+    from kvoffload_kernels.page_top import kernel
+
+    return kernel.supported(scores, n_slices)
+
+
+def top_pages(
+    scores: Tensor, anchor_lse: Tensor, n_heads: int, n_slices: int, n_wanted: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``page_top.reference.top_pages``."""
+    if fuses_top_pages(scores, n_slices):
+        from kvoffload_kernels.page_top import kernel
+
+        return kernel.top_pages(scores, anchor_lse, n_heads, n_slices, n_wanted)
+    return page_top.top_pages(scores, anchor_lse, n_heads, n_slices, n_wanted)
 
 
 def assign_slots(wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:

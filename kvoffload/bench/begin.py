@@ -45,7 +45,7 @@ class Bench:
 
 def begin(settings: Settings, flags: Mapping[str, Any], output: Output, *, context: int, batch: int) -> Bench:
     """Check that everything fits, measure the machine and tell its ceilings, then load the model."""
-    device, config = pick_device(settings.device), settings.runtime()
+    device, config = pick_device(settings.device), settings.runtime().for_long()
     source = resolve(settings.model or "", revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     model_config = load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvoffload.buffers import tensor_bytes
 from kvoffload.completion.base import Completion, CompletionConfigBase
+from kvoffload.cross_sums import cross_sums
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages, Partial, by_row
 
@@ -122,7 +123,8 @@ class RegressionCompletion(Completion):
         self._rescale(torch.maximum(self._log_scale, logits.amax(-1)))
         weights = torch.stack([log_valid.exp(), (logits - self._shift()[:, None]).exp()])
         x = torch.cat([torch.ones_like(features[..., :1]), features - self._centre], -1)
-        self._moments += _sums(x, torch.cat([x, values], -1), weights)
+        both = torch.cat([x, values], -1)
+        self._moments += torch.stack([cross_sums(x * w[..., None], both) for w in weights])
         self._n_tokens = stop
 
     def _centre_on(self, features: Tensor, valid: Tensor) -> None:
@@ -165,17 +167,6 @@ class RegressionCompletion(Completion):
         tiny = torch.finfo(torch.float32).tiny
         moments = (self._moments / self._moments[..., :1, :1].clamp_min(tiny)).mean(0)
         self._map.copy_(least_squares(moments, self._ridge))
-
-
-def _sums(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    """Sums over tokens of w l^T r, fp32 [2, rows, L, R], of [rows, n, L], [rows, n, R] and weights [2, rows, n]. A GPU
-    multiplies in bfloat16 and adds in fp32: factors are off by up to 2^-8, independently, and so the sums by some
-    2^-8 / sqrt(n)."""
-    if not left.is_cuda:
-        return (left * weights[..., None]).mT @ right
-    left, right = left.bfloat16(), right.bfloat16()
-    products = [torch.bmm((left * w[..., None].bfloat16()).mT, right, out_dtype=torch.float32) for w in weights]
-    return torch.stack(products)
 
 
 def least_squares(moments: Tensor, ridge: float) -> Tensor:

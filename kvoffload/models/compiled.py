@@ -243,9 +243,9 @@ _GLUES: WeakKeyDictionary[nn.Module, Glue] = WeakKeyDictionary()
 
 
 def glue_of(model: Any, compile: str) -> Glue | None:
-    """A model's glue, one for all its caches; None where nothing is to be compiled: with "off", and with "auto" on
-    devices without graphs."""
-    if compile == "off" or model.device.type != "cuda":
+    """A model's glue, one for all its caches; None where nothing is to be compiled: unless "on", and on devices without
+    graphs."""
+    if compile != "on" or model.device.type != "cuda":
         return None
     if model not in _GLUES:
         _GLUES[model] = Glue(model)

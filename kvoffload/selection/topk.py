@@ -4,7 +4,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from kvoffload_kernels.dispatch import share_pages
+from kvoffload_kernels.dispatch import fuses_top_pages, share_pages, top_pages
 from torch import Tensor
 
 from kvoffload.values import Selection
@@ -68,13 +68,16 @@ def select_top(
     out. A head's share of a page is e^(score - z) with z over anchors and pages together. With pool "layer" the kv
     heads of a sequence compete for the slices of one query, within ``bounds``; with "none" each gets its equal part.
     Fixed output size for fixed arguments; no host round trip. With ``n_wanted`` int64 [] only so many of each list are
-    wanted.
+    wanted. A GPU's kernels take shares that differ by less than 1.6% as equal (kernels/README.md, "Top pages").
     """
     n_pages = scores.shape[-1]
     n_heads = scores.shape[0] // (n_sequences * n_queries)
+    n_lists, k = list_sizes(n_slices, n_pages, n_heads, pool)
+    if n_queries == 1 and bounds == UNBOUNDED and fuses_top_pages(scores, k):
+        row_ids, page_ids, wanted = top_pages(scores, anchor_lse, n_heads // n_lists, k, n_wanted)
+        return Selection(row_ids, page_ids, 1, wanted)
     shares = share_pages(scores, anchor_lse).view(n_sequences, n_heads, n_queries, n_pages)
     query_rows = torch.arange(shares.shape[:3].numel(), device=scores.device).view(n_sequences, n_heads, n_queries)
-    n_lists, k = list_sizes(n_slices, n_pages, n_heads, pool)
     lists = (n_sequences, n_lists, n_heads // n_lists, n_queries)
     if pool == "layer":
         shares = bounds.hold(shares, k / n_heads)

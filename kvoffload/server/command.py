@@ -96,7 +96,7 @@ def build(loaded: LoadedModel, settings: ServeSettings) -> "Service":
     from kvoffload.server.service import Options, Service
     from kvoffload.server.stored import StoredSessions
 
-    device, config = loaded.model.device, settings.runtime()
+    device, config = loaded.model.device, settings.runtime().for_long()
     if config.nvme_dir is None and settings.sessions is not None:  # where page files can be linked into sessions
         config = config.model_copy(update={"nvme_dir": settings.sessions})
     if config.prefill_chunk is None:

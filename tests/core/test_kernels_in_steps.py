@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from kvoffload.attention.fixed import FixedSteps, decode_fixed
 from kvoffload.completion.sketch import FIT_TOKENS as SKETCH_FIT_TOKENS
 from kvoffload.index.transform import FIT_TOKENS
+from kvoffload.selection import topk
 
 pytest.importorskip("triton")
 N_STEPS = 3
@@ -58,6 +59,7 @@ def test_a_step_through_the_kernels_is_one_through_the_references(
     n_fitted = SKETCH_FIT_TOKENS if completion == "sketch" else FIT_TOKENS
     n_prompt = n_fitted + 60 if selector == "transform" else 110
     settings = {"selector": selector, "completion": completion, "gpu_cache": gpu_cache}
+    monkeypatch.setattr(topk, "fuses_top_pages", lambda scores, n_slices: True)  # the same Top-K in both
     expected = steps_of(settings, n_prompt, padding)
     monkeypatch.setattr(dispatch, "_verified", lambda folder, tensor: True)
     assert_close(steps_of(settings, n_prompt, padding), expected, atol=1e-3, rtol=1e-3)

@@ -241,7 +241,9 @@ def test_nothing_is_compiled_on_a_cpu_or_where_it_is_off():
         device = torch.device("cuda")
 
     model = OnCuda()
-    assert glue_of(open_model(), "auto") is None
+    assert glue_of(open_model(), "on") is None
     assert glue_of(model, "off") is None
-    assert glue_of(model, "auto") is glue_of(model, "auto") is not None
-    assert RuntimeConfig().compile == "auto"
+    assert glue_of(model, "auto") is None
+    assert glue_of(model, "on") is glue_of(model, "on") is not None
+    assert RuntimeConfig().for_long().compile == "on"
+    assert RuntimeConfig(compile="off").for_long().compile == "off"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvoffload_kernels.tiles import MAX_HEADS, finite, log_of
 
-_BLOCK = 1024  # pages that a program adds up at a time
+_BLOCK = 4096  # pages that a program adds up at a time
 _PAGES = 256  # whose shares one program gives
 
 
@@ -47,12 +47,22 @@ def supported(scores: Tensor) -> bool:
     return scores.dtype == torch.float32 and scores.is_contiguous() and scores.shape[1] <= MAX_HEADS
 
 
+def head_totals(scores: Tensor, anchor_lse: Tensor) -> Tensor:
+    """The log mass of anchors and pages of every head, fp32 [rows, R]."""
+    rows, heads, n_pages = scores.shape
+    totals, block = scores.new_empty(rows, heads), min(triton.next_power_of_2(n_pages), _BLOCK)
+    _totals[(rows * heads,)](
+        scores, anchor_lse.contiguous(), totals, n_pages, BLOCK=block, num_warps=8 if block > 1024 else 4
+    )
+    return totals
+
+
 def share_pages(scores: Tensor, anchor_lse: Tensor) -> Tensor:
     """As ``reference.share_pages`` where ``supported``."""
     rows, heads, n_pages = scores.shape
-    totals, out = scores.new_empty(rows, heads), scores.new_empty(rows, n_pages)
+    out = scores.new_empty(rows, n_pages)
     if n_pages > 0:
-        _totals[(rows * heads,)](scores, anchor_lse.contiguous(), totals, n_pages, BLOCK=_BLOCK)
+        totals = head_totals(scores, anchor_lse)
         _shares[(triton.cdiv(n_pages, _PAGES), rows)](
             scores, totals, out, n_pages, HEADS=heads, HP=triton.next_power_of_2(heads), PAGES=_PAGES
         )

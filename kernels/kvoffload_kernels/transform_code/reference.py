@@ -1,6 +1,9 @@
 """Transform coding of keys (kernels/README.md, "Transform-coded keys"): a linear transform fitted to second moments,
 and channels at 4, 2, 1 or 0 bits in the order of their variance, each with levels of its own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
 from torch import Tensor
@@ -22,6 +25,7 @@ _TIERS = {
 _BITS = (4, 2, 1)
 
 _LLOYD_STEPS = 4
+_LANES = 8  # places that each sum is spread over, so that additions wait less for each other
 _LLOYD_TOKENS = 4096  # of the sample, evenly spread
 
 # Lloyd-Max quantisers of a standard normal variable (J. Max, IRE Trans. Inf. Theory 6(1), 1960, table I), the positive
@@ -61,18 +65,34 @@ def fit(covariance: Tensor, query_moment: Tensor) -> tuple[Tensor, Tensor]:
     and its principal channels are scaled to unit variance, largest first: c = (k - mean) A, k = mean + c S^T.
 
     Worked out on the host: a GPU diagonalises matrices of this size one after another, several times more slowly
-    (pytorch/pytorch#174674).
+    (pytorch/pytorch#174674). On one thread of it: matrices are so small that several wait for each other.
     """
-    size, device = covariance.shape[-1], covariance.device
-    moment = _shrunken(query_moment.double().cpu(), _SHRINK)
-    covariance = _ridged(covariance.double().cpu(), _RIDGE)
-    root = torch.linalg.cholesky_ex(moment).L
-    variance, axes = torch.linalg.eigh(root.mT @ covariance @ root)
+    device = covariance.device
+    with _one_thread():
+        found = _fit(query_moment.double().cpu(), covariance.double().cpu())
+    analysis, synthesis = (t.float().to(device) for t in found)
+    return analysis, synthesis
+
+
+def _fit(query_moment: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    size = covariance.shape[-1]
+    root = torch.linalg.cholesky_ex(_shrunken(query_moment, _SHRINK)).L
+    variance, axes = torch.linalg.eigh(root.mT @ _ridged(covariance, _RIDGE) @ root)
     variance, axes = variance.flip(-1).clamp_min(torch.finfo(torch.float64).tiny), axes.flip(-1)
     deviation = variance.sqrt()[:, None]
     analysis = root @ axes / deviation
     inverse = torch.linalg.solve_triangular(root.mT, torch.eye(size, dtype=root.dtype), upper=True)
-    return analysis.float().to(device), (inverse @ axes * deviation).float().to(device)
+    return analysis, inverse @ axes * deviation
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 Levels = tuple[Tensor, Tensor, Tensor]
@@ -182,10 +202,14 @@ def _lloyd(tier: Tensor, weights: Tensor, bits: int) -> Tensor:
     weights = weights[:, None].expand_as(tier)
     deviation = ((tier.square() * weights).sum(-1, keepdim=True) / total).sqrt()
     levels = torch.cat([-positive.flip(0), positive]) * deviation
+    lanes = torch.arange(tier.shape[-1], device=tier.device) % _LANES
     for _ in range(_LLOYD_STEPS):
-        codes = _nearest(tier, levels).long()
-        counts = torch.zeros_like(levels).scatter_add_(-1, codes, weights)
-        sums = torch.zeros_like(levels).scatter_add_(-1, codes, tier * weights)
+        places = _nearest(tier, levels).long() * _LANES + lanes
+        empty = levels.new_zeros(*levels.shape[:-1], levels.shape[-1] * _LANES)
+        counts, sums = (
+            empty.scatter_add(-1, places, what).unflatten(-1, (-1, _LANES)).sum(-1)
+            for what in (weights, tier * weights)
+        )
         levels = torch.where(counts > 0, sums / counts.clamp_min(1e-6), levels)
     return levels.half()
 
@@ -209,7 +233,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     n_bytes = -(-codes.shape[-1] // per_byte)
     padded = F.pad(codes, (0, n_bytes * per_byte - codes.shape[-1])).unflatten(-1, (n_bytes, per_byte))
-    joined = padded[..., 0]
+    joined: Tensor = padded[..., 0]
     for place in range(1, per_byte):
         joined = joined | padded[..., place] << place * bits
     return joined

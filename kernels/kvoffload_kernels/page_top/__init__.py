@@ -1,0 +1,1 @@
+"""The pages with the largest shares (kernels/README.md, "Top pages")."""
