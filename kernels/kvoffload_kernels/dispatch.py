@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kvoffload_kernels.cache_slots import reference as cache_slots
@@ -245,15 +246,15 @@ def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Pa
 
 
 def finish_step(
-    anchors: tuple[Tensor, Tensor], slices: Parts, rest: Parts | None, masses: Tensor
+    anchors: tuple[Tensor, Tensor], slices: Parts, rest: Parts | None, masses: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``decode_step.reference.finish``."""
     if _verified("decode_step", masses):
         from kvoffload_kernels.decode_step import kernel
 
         if all(tensor.is_contiguous() for tensor in (*anchors, *slices, *(rest or ()))):
-            return kernel.finish(anchors, slices, rest, masses)
-    return decode_step.finish(anchors, slices, rest, masses, merge_parts=merge_parts)
+            return kernel.finish(anchors, slices, rest, masses, dtype)
+    return decode_step.finish(anchors, slices, rest, masses, dtype, merge_parts=merge_parts)
 
 
 def merge_parts(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,8 @@ ROOM_TOKENS = 4096
 
 def decode_fixed(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
     """The device's part of ``decode`` of one token a row that ``FixedSteps.advance`` has counted: query [rows, R, D],
-    keys [rows, 1, D] and values [rows, 1, Dv] to a partial [rows, R]."""
+    keys [rows, 1, D] and values [rows, 1, Dv] to a partial [rows, R], its output in
+    the query's dtype."""
     fixed = layer.fixed
     assert fixed is not None, "between advance and finish"
     shape, place = layer.geometry, (layer.anchors.buffers, fixed.place)
@@ -33,8 +34,8 @@ def decode_fixed(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor)
     )
     anchors = Partial(*attended)
     pages, rest = layer.reading.attend_fixed(layer, fixed.query, anchors)
-    masses = layer.meter.masses_like(anchors.lse)
-    return Partial(*finish_step(anchors.both(), pages.both(), None if rest is None else rest.both(), masses))
+    masses, guess = layer.meter.masses_like(anchors.lse), None if rest is None else rest.both()
+    return Partial(*finish_step(anchors.both(), pages.both(), guess, masses, query.dtype))
 
 
 class Lists(NamedTuple):

@@ -130,7 +130,8 @@ def test_where_rounded_sums_say_nothing_the_whole_segments_means_stand_in():
 
 @pytest.mark.parametrize(("n_slices", "n_rests"), [(1, 1), (5, 33), (32, 0), (1, 20)])
 @pytest.mark.parametrize(("heads", "dim"), [(1, 64), (3, 96), (4, 128)])
-def test_the_end_merges_everything_and_counts_the_rest(heads, dim, n_slices, n_rests):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_end_merges_everything_and_counts_the_rest(dtype, heads, dim, n_slices, n_rests):
     anchors, slices = (random(ROWS, heads, dim), random(ROWS, heads)), None
     slices = random(ROWS, n_slices, heads, dim, seed=2), 3 * random(ROWS, n_slices, heads, seed=3)
     slices[1][1] = -torch.inf
@@ -140,10 +141,12 @@ def test_the_end_merges_everything_and_counts_the_rest(heads, dim, n_slices, n_r
     given = []
     for twin in (kernel, reference):
         masses = random(ROWS, heads, seed=6)
-        given.append((*twin.finish(anchors, slices, rest if n_rests else None, masses), masses))
-    assert_close(given[0], given[1], atol=1e-5, rtol=1e-5)
+        given.append((*twin.finish(anchors, slices, rest if n_rests else None, masses, dtype), masses))
+    bound = {"atol": 1e-5, "rtol": 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps}
+    assert_close(given[0], given[1], **bound)
     parts = [anchors, reference.joined(slices)] + ([reference.joined(rest)] if n_rests else [])
-    assert_close(given[0][:2], merge_parts(*zip(*parts, strict=True)), atol=1e-5, rtol=1e-5)
+    output, lse = merge_parts(*zip(*parts, strict=True))
+    assert_close(given[0][:2], (output.to(dtype), lse), **bound)
     before = random(ROWS, heads, seed=6)
     expected = (parts[-1][1] - given[1][1]).exp() if n_rests else torch.zeros_like(before)
     assert_close(given[0][2], before + expected, atol=1e-5, rtol=1e-5)
@@ -152,7 +155,7 @@ def test_the_end_merges_everything_and_counts_the_rest(heads, dim, n_slices, n_r
 def test_with_nothing_else_the_anchors_are_the_end_to_the_bit():
     anchors, masses = (random(ROWS, 2, 64), random(ROWS, 2)), torch.zeros(ROWS, 2)
     nothing = torch.full((ROWS, 4, 2, 64), torch.nan), torch.full((ROWS, 4, 2), -torch.inf)
-    output, lse = kernel.finish(anchors, nothing, nothing, masses)
+    output, lse = kernel.finish(anchors, nothing, nothing, masses, torch.float32)
     assert torch.equal(output, anchors[0])
     assert_close(lse, anchors[1])
     assert not masses.any()

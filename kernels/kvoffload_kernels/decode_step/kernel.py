@@ -321,10 +321,12 @@ def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Pa
     return out, lse
 
 
-def finish(anchors: tuple[Tensor, Tensor], slices: Parts, rest: Parts | None, masses: Tensor) -> tuple[Tensor, Tensor]:
+def finish(
+    anchors: tuple[Tensor, Tensor], slices: Parts, rest: Parts | None, masses: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """As ``reference.finish``; all of it contiguous."""
     rows, heads, value_dim = anchors[0].shape
-    out, lse = torch.empty_like(anchors[0]), torch.empty_like(anchors[1])
+    out, lse = torch.empty_like(anchors[0], dtype=dtype), torch.empty_like(anchors[1])
     n_rests = 0 if rest is None else rest[1].shape[1]
     left = anchors if rest is None else rest
     _finish[(rows, heads)](

@@ -53,18 +53,17 @@ def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Pa
 
 
 def finish(
-    anchors: tuple[Tensor, Tensor], slices: Parts, rest: Parts | None, masses: Tensor,
+    anchors: tuple[Tensor, Tensor], slices: Parts, rest: Parts | None, masses: Tensor, dtype: torch.dtype,
     *, merge_parts: MergeParts = merge.merge_parts,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The partial of anchors ([rows, R, Dv], [rows, R]), slices and what stands for the rest of the keys, and the
-    rest's share of the mass added to ``masses`` fp32 [rows, R]."""
-    result = merge_parts(*zip(anchors, joined(slices), strict=True))
-    if rest is None:
-        return result
-    rest = joined(rest)
-    result = merge_parts(*zip(result, rest, strict=True))
-    masses.add_((rest[1] - result[1]).exp())
-    return result
+    rest's share of the mass added to ``masses`` fp32 [rows, R]; the output is ``dtype``."""
+    output, lse = merge_parts(*zip(anchors, joined(slices), strict=True))
+    if rest is not None:
+        guess, rest_lse = joined(rest)
+        output, lse = merge_parts([output, guess], [lse, rest_lse])
+        masses.add_((rest_lse - lse).exp())
+    return output.to(dtype), lse
 
 
 def one_part(partial: tuple[Tensor, Tensor]) -> Parts:
