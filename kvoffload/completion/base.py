@@ -55,8 +55,8 @@ class Completion(ABC):
         the query's device only where ``uses_scores`` says that they are needed."""
 
     def estimate_parts(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Parts | None:
-        """The same for steps of fixed shapes, one query a row, in parts that are merged at the end of the step; None
-        where nothing stands for what was not fetched."""
+        """The same for steps of fixed shapes, one query a row, in parts that are merged at the end of the step, their
+        outputs anything finite where lse = -inf; None where nothing stands for what was not fetched."""
         return Parts.of(self.estimate(query, fetched, scores))
 
     @property

@@ -316,7 +316,7 @@ def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Pa
         query, segments.anchor, segments.shift, segments.mass, segments.counts, segments.sums, segments.ends,
         slices.keys, slices.values, slices.keys if valid is None else valid.view(torch.uint8),
         slices.row_ids.contiguous(), slices.page_ids.contiguous(), out, lse, slices.keys.shape[0], n_segments,
-        segments.rounding, *strides, LEAST=EMPTY, **sizes, **_heads(query, value_dim),
+        segments.rounding, *strides, LEAST=EMPTY, num_warps=8, **sizes, **_heads(query, value_dim),
     )  # fmt: skip
     return out, lse
 
