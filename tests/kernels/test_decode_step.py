@@ -106,7 +106,6 @@ EVERYTHING_OF_ROW_0 = [(0, page) for page in range(PAGES)]
 @pytest.mark.parametrize("fetched", [[], SOME, EVERYTHING_OF_ROW_0], ids=len)
 def test_every_segment_is_what_its_slices_leave(fetched, dim, value_dim, heads, dtype, chunk, monkeypatch):
     monkeypatch.setattr(kernel, "_CHUNK", chunk)
-    monkeypatch.setattr(kernel, "_SLICES", 2)
     case = Rest(fetched, dim, value_dim, heads, dtype)
     given = kernel.rest_of_segments(case.query, case.segments, case.slices)
     expected = reference.rest_of_segments(case.query, case.segments, case.slices)

@@ -26,6 +26,7 @@ _CHUNK = 1024  # ids looked at together
 _MOST_SLICES = 4096  # every program looks at all ids
 _MOST_ANCHORS = 512  # one program attends to a row's
 _SLICES = 8  # of a tile: more are not told apart well
+_TAKEN_SLICES = 2  # of a segment at a time: as many as leave registers for a second program
 _BLOCK = 16  # partials merged at a time
 
 
@@ -280,13 +281,15 @@ def takes_slices(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     return near and 2 <= keys.shape[1] <= _TILE and keys.shape[0] <= _MOST_SLICES and query.shape[1] <= MAX_HEADS
 
 
-def _slices(keys: Tensor, values: Tensor, valid: Tensor | None) -> tuple[tuple[int, ...], dict[str, int | bool]]:
-    """Strides, also of what says which tokens are valid, and sizes of slices."""
+def _slices(
+    keys: Tensor, values: Tensor, valid: Tensor | None, most: int
+) -> tuple[tuple[int, ...], dict[str, int | bool]]:
+    """Strides, also of what says which tokens are valid, and sizes of slices, of which a tile has ``most``."""
     n, size = keys.shape[:2]
     padded = int(triton.next_power_of_2(size))
     strides = (*keys.stride()[:2], *values.stride()[:2], *((0, 0) if valid is None else valid.stride()))
     chunk = min(_CHUNK, _padded(n))
-    sizes = {"S": size, "SP": padded, "SLICES": min(_SLICES, _TILE // padded), "CHUNK": chunk}
+    sizes = {"S": size, "SP": padded, "SLICES": min(most, _TILE // padded), "CHUNK": chunk}
     return strides, sizes | {"VALID": valid is not None}
 
 
@@ -295,7 +298,7 @@ def attend_slices(
 ) -> Parts:
     """As ``sparse_decode.reference.attend_slices`` where ``takes_slices``, in as many parts as there are splits."""
     rows, heads, _ = query.shape
-    strides, sizes = _slices(keys, values, valid)
+    strides, sizes = _slices(keys, values, valid, _SLICES)
     n, value_dim = row_ids.shape[0], values.shape[-1]
     n_splits = max(1, min(triton.cdiv(_PROGRAMS, rows), triton.cdiv(n, sizes["SLICES"])))
     out, lse = query.new_empty(rows, n_splits, heads, value_dim), query.new_empty(rows, n_splits, heads)
@@ -310,13 +313,13 @@ def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Pa
     """As ``reference.rest_of_segments`` where ``takes_slices``."""
     rows, n_segments = segments.mass.shape
     value_dim, valid = slices.values.shape[-1], slices.valid
-    strides, sizes = _slices(slices.keys, slices.values, valid)
+    strides, sizes = _slices(slices.keys, slices.values, valid, _TAKEN_SLICES)
     out, lse = query.new_empty(rows, n_segments, 1, value_dim), query.new_empty(rows, n_segments, query.shape[1])
     _rest[(n_segments, rows)](
         query, segments.anchor, segments.shift, segments.mass, segments.counts, segments.sums, segments.ends,
         slices.keys, slices.values, slices.keys if valid is None else valid.view(torch.uint8),
         slices.row_ids.contiguous(), slices.page_ids.contiguous(), out, lse, slices.keys.shape[0], n_segments,
-        segments.rounding, *strides, LEAST=EMPTY, num_warps=8, **sizes, **_heads(query, value_dim),
+        segments.rounding, *strides, LEAST=EMPTY, **sizes, **_heads(query, value_dim),
     )  # fmt: skip
     return out, lse
 
