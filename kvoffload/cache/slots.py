@@ -20,8 +20,8 @@ class Slots(ABC):
     @abstractmethod
     def admit(self, keys: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
         """Places for distinct slices, named by int64 keys [F]: (places [F], hit bool [F], missed bool [F]), with the
-        hits added to ``hits``; None when nothing is kept and all of them go to ``reserve``. What missed must be written to its place before ``data`` is read. A key below
-        0 is no slice: its place is one that no slice gets."""
+        hits added to ``hits``; None when nothing is kept and all of them go to ``reserve``. What missed must be written
+        to its place before ``data`` is read. A key below 0 is no slice: its place is one that no slice gets."""
 
     @abstractmethod
     def reserve(self, n_slices: int) -> Tensor:

@@ -21,9 +21,9 @@ def assign_slots(
     """Give each wanted page key a slot: int64 wanted [F] (distinct), owners [C] (page key of each slot, -1 empty),
     last_used [C] and the number ``now`` [] of the step before, which is counted up.
 
-    Returns (slots int64 [F], hit bool [F], missed bool [F]) and updates owners and last_used in place. Misses take the slots that were
-    used longest ago, of several that of the smallest key, so that the order of what is wanted does not matter to what
-    stays; a slot hit now is never taken, which needs C >= F. A key below 0 wants nothing: its slot is C, and
+    Returns (slots int64 [F], hit bool [F], missed bool [F]) and updates owners and last_used in place. Misses take the
+    slots that were used longest ago, of several that of the smallest key, so that the order of what is wanted does not
+    matter to what stays; a slot hit now is never taken, which needs C >= F. A key below 0 wants nothing: its slot is C, and
     it changes nothing.
     """
     now += 1
