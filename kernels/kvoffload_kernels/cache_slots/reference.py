@@ -23,8 +23,8 @@ def assign_slots(
 
     Returns (slots int64 [F], hit bool [F], missed bool [F]) and updates owners and last_used in place. Misses take the
     slots that were used longest ago, of several that of the smallest key, so that the order of what is wanted does not
-    matter to what stays; a slot hit now is never taken, which needs C >= F. A key below 0 wants nothing: its slot is C, and
-    it changes nothing.
+    matter to what stays; a slot hit now is never taken, which needs C >= F. A key below 0 wants nothing: its slot is C,
+    and it changes nothing.
     """
     now += 1
     n_slots = owners.shape[0]
