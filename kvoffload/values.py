@@ -32,9 +32,29 @@ class Partial:
         output, lse = weigh(by_row(logits, values.shape[0]), values)
         return Partial(output.view(*logits.shape[:2], -1), lse.view(logits.shape[:2]))
 
+    def both(self) -> tuple[Tensor, Tensor]:
+        return self.output, self.lse
+
     def masked(self, keep: Tensor) -> "Partial":
         """Empty wherever ``keep`` (bool, shape of lse) is false."""
         return Partial(self.output.masked_fill(~keep[..., None], 0.0), self.lse.masked_fill(~keep, -torch.inf))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Partials of n disjoint key sets side by side, to be merged at the end of a step: output [rows, n, R, Dv], or
+    [rows, n, 1, Dv] where all heads of a row have the same, and log-sum-exp [rows, n, R], fp32."""
+
+    output: Tensor
+    lse: Tensor
+
+    @staticmethod
+    def of(partial: Partial) -> "Parts":
+        """A partial [rows, R] as the only one."""
+        return Parts(partial.output[:, None], partial.lse[:, None])
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        return self.output, self.lse
 
 
 def merge(partials: Sequence[Partial]) -> Partial:

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kvoffload_kernels.cache_slots import reference as cache_slots
 from kvoffload_kernels.cache_slots.reference import Hits
 from kvoffload_kernels.completion import reference as completion
 from kvoffload_kernels.completion.reference import SegmentSums, Slices
+from kvoffload_kernels.decode_step import reference as decode_step
+from kvoffload_kernels.decode_step.reference import Parts
 from kvoffload_kernels.dense_attention import fused
 from kvoffload_kernels.dense_attention import reference as dense
 from kvoffload_kernels.gather import reference as gather
@@ -205,6 +208,54 @@ def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple
 
         return kernel.estimate_rest(query, segments, slices)
     return completion.estimate_rest(query, segments, slices)
+
+
+def begin_step(
+    query: Tensor, keys: Tensor, values: Tensor, anchors: tuple[Tensor, Tensor], place: Tensor, out: Tensor,
+    *, seen: Tensor, scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``decode_step.reference.begin``."""
+    if _verified("decode_step", query):
+        from kvoffload_kernels.decode_step import kernel
+
+        if kernel.begins(query, anchors):
+            return kernel.begin(query, keys, values, anchors, place, out, seen=seen, scale=scale, softcap=softcap)
+    decode_step.put(query, keys, values, anchors, place, out, scale)
+    return attend_rows(out, *anchors, seen, softcap)
+
+
+def attend_slices_in_parts(
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None
+) -> Parts:
+    """``sparse_decode.reference.attend_slices`` in as many parts as were made apart."""
+    if _verified("decode_step", query):
+        from kvoffload_kernels.decode_step import kernel
+
+        if kernel.takes_slices(query, keys, values):
+            return kernel.attend_slices(query, keys, values, row_ids, valid, softcap)
+    return decode_step.one_part(attend_slices(query, keys, values, row_ids, valid, softcap))
+
+
+def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Parts:
+    """``decode_step.reference.rest_of_segments``, or all segments in one part."""
+    if _verified("decode_step", query):
+        from kvoffload_kernels.decode_step import kernel
+
+        if kernel.takes_slices(query, slices.keys, slices.values):
+            return kernel.rest_of_segments(query, segments, slices)
+    return decode_step.one_part(estimate_rest(query, segments, slices))
+
+
+def finish_step(
+    anchors: tuple[Tensor, Tensor], slices: Parts, rest: Parts | None, masses: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``decode_step.reference.finish``."""
+    if _verified("decode_step", masses):
+        from kvoffload_kernels.decode_step import kernel
+
+        if all(tensor.is_contiguous() for tensor in (*anchors, *slices, *(rest or ()))):
+            return kernel.finish(anchors, slices, rest, masses, dtype)
+    return decode_step.finish(anchors, slices, rest, masses, dtype, merge_parts=merge_parts)
 
 
 def merge_parts(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -38,12 +38,18 @@ def attend_arrivals(layer: LayerCache, query: Tensor, arrivals: list[Arrival]) -
     """Attention of scaled queries to the slices of a request, one partial for each part of it, and the slices."""
     partials, fetched = [], []
     for arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
-        part, data = arrive()
-        keys, values = unpack_slices(data, layer.geometry)
-        valid = layer.slices_valid(part)
-        partials.append(Partial(*attend_slices(query, keys, values, part.row_ids, valid, layer.geometry.softcap)))
-        fetched.append(Fetched(keys, values, valid, part.row_ids, part.page_ids, part.wanted))
+        new = land(layer, arrive)
+        slices = new.keys, new.values, new.row_ids, new.valid
+        partials.append(Partial(*attend_slices(query, *slices, layer.geometry.softcap)))
+        fetched.append(new)
     return partials, Fetched.join(fetched)
+
+
+def land(layer: LayerCache, arrive: Arrival) -> Fetched:
+    """The slices of an arrival, waited for if they must be."""
+    part, data = arrive()
+    keys, values = unpack_slices(data, layer.geometry)
+    return Fetched(keys, values, layer.slices_valid(part), part.row_ids, part.page_ids, part.wanted)
 
 
 def attend_anchors(layer: LayerCache, query: Tensor, seen: Tensor) -> Partial:

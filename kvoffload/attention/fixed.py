@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from kvoffload_kernels.dispatch import begin_step, finish_step
 from torch import Tensor
 
-from kvoffload.attention.decode import attend_anchors
 from kvoffload.attention.layer import Fixed, LayerCache
 from kvoffload.buffers import Room
 from kvoffload.selection.topk import list_sizes
-from kvoffload.values import Partial, merge
+from kvoffload.values import Partial
 
 ROOM_TOKENS = 4096
 """Tokens that room is given for at a time."""
@@ -24,17 +24,18 @@ ROOM_TOKENS = 4096
 
 def decode_fixed(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
     """The device's part of ``decode`` of one token a row that ``FixedSteps.advance`` has counted: query [rows, R, D],
-    keys [rows, 1, D] and values [rows, 1, Dv] to a partial [rows, R]."""
+    keys [rows, 1, D] and values [rows, 1, Dv] to a partial [rows, R], its output in
+    the query's dtype."""
     fixed = layer.fixed
     assert fixed is not None, "between advance and finish"
-    layer.anchors.put(keys, values, fixed.place)
-    query = query.float() * layer.geometry.scale
-    read = layer.reading.attend(layer, query, attend_anchors(layer, query, fixed.seen))
-    result = merge([read.exact, read.remainder])
-    layer.meter.add_mass((read.remainder.lse - result.lse).exp(), 1)
-    if layer.upkeep:
-        fixed.query.copy_(query)
-    return result
+    shape, place = layer.geometry, (layer.anchors.buffers, fixed.place)
+    attended = begin_step(
+        query, keys, values, *place, fixed.query, seen=fixed.seen[:, 0], scale=shape.scale, softcap=shape.softcap
+    )
+    anchors = Partial(*attended)
+    pages, rest = layer.reading.attend_fixed(layer, fixed.query, anchors)
+    masses, guess = layer.meter.masses_like(anchors.lse), None if rest is None else rest.both()
+    return Partial(*finish_step(anchors.both(), pages.both(), guess, masses, query.dtype))
 
 
 class Lists(NamedTuple):

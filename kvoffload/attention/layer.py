@@ -50,7 +50,8 @@ class Meter:
     context_tokens: int = 0
     index_bytes_read: int = 0
     state_bytes_touched: int = 0
-    completion_mass: Tensor | None = None
+    masses: Tensor | None = None
+    """The remainder's share of each head's mass, fp32 [rows, R]; they stay on the device."""
     scored_rows: int = 0
     """Rows whose pages were scored, once for each query: rows x steps where every step scores."""
     dropped: list[Tensor] = field(default_factory=list)
@@ -58,10 +59,20 @@ class Meter:
     written: Moved = field(default_factory=Moved)
 
     def add_mass(self, mass: Tensor, n_steps: int) -> None:
-        """The remainder's share of the mass in ``n_steps`` steps, [rows * n_steps, R]; it stays on the device."""
-        if self.completion_mass is None:
-            self.completion_mass = torch.zeros((), device=mass.device)
-        self.completion_mass.add_(mass.mean(), alpha=n_steps)
+        """The remainder's share of the mass in ``n_steps`` steps, [rows * n_steps, R]."""
+        by_step = mass.unflatten(0, (-1, n_steps))
+        self.masses_like(by_step[:, 0]).add_(by_step.sum(1))
+
+    def masses_like(self, lse: Tensor) -> Tensor:
+        """``masses``, which are counted from now on, for heads [rows, R]."""
+        if self.masses is None:
+            self.masses = torch.zeros_like(lse)
+        return self.masses
+
+    @property
+    def completion_mass(self) -> Tensor | None:
+        """The remainder's share of the mass, meant over heads, []."""
+        return None if self.masses is None else self.masses.mean()
 
     def count_steps(self, n_steps: int, n_tokens: int, index_read: int, state_bytes: int) -> None:
         """Steps at a context of up to ``n_tokens``, each with one token more than the one before it, which read
@@ -84,8 +95,8 @@ class Anchored:
 class Fixed:
     """What steps of fixed shapes (attention/fixed.py) find in the same place every time: the room for pages, where in
     the anchors the new token goes (int64 [1]), which places are seen then (bool [rows or 1, 1, A]), the length of a
-    selection, how much of each list is wanted (int64 []; None: all), and the step's scaled queries for upkeep, if there
-    is any (fp32 [rows, R, D])."""
+    selection, how much of each list is wanted (int64 []; None: all), and the step's scaled queries (fp32 [rows, R,
+    D])."""
 
     room: Room
     place: Tensor

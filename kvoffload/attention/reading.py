@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from kvoffload_kernels.dispatch import attend_slices_in_parts
 from torch import Tensor
 
-from kvoffload.attention.decode import attend_selected
+from kvoffload.attention.decode import attend_selected, land
 from kvoffload.attention.layer import LayerCache
-from kvoffload.values import Fetched, Pages, Partial
+from kvoffload.values import Fetched, Pages, Partial, Parts
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Reading(ABC):
         """For scaled queries fp32 [rows * Q, R, D] with their attention to the anchors; called only when there are
         pages."""
 
+    def attend_fixed(self, layer: LayerCache, query: Tensor, anchors: Partial) -> tuple[Parts, Parts | None]:
+        """The same in steps of fixed shapes, where it ``can_hold``: the pages, and what stands for the remainder, for
+        queries [rows, R, D], in parts that are merged at the end of the step."""
+        raise NotImplementedError
+
     def sealed(self, pages: Pages) -> None:  # noqa: B027 - most do not care
         """These pages left the window in the append before the next ``attend``; views, valid until then."""
 
@@ -53,6 +59,13 @@ class SelectedPages(Reading):
     def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
         exact, fetched, scores = attend_selected(layer, query, anchors)
         return Read(exact, layer.completion.estimate(query, fetched, scores), fetched, scores)
+
+    def attend_fixed(self, layer: LayerCache, query: Tensor, anchors: Partial) -> tuple[Parts, Parts | None]:
+        selection, scores = layer.select(query, anchors.lse)
+        fetched = Fetched.join([land(layer, arrive) for arrive in layer.ask(selection)])
+        slices = fetched.keys, fetched.values, fetched.row_ids, fetched.valid
+        pages = Parts(*attend_slices_in_parts(query, *slices, layer.geometry.softcap))
+        return pages, layer.completion.estimate_parts(query, fetched, scores)
 
 
 class WrapperReading(Reading):

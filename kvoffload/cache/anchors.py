@@ -70,8 +70,8 @@ class Anchors:
         return self._append_many(keys[:, skip:], values[:, skip:])
 
     def advance(self) -> Pages | None:
-        """Count a token that ``put`` will write, the sinks being full; the page that seals, if one does, a view that is
-        valid until the next append."""
+        """Count a token that will be written to ``newest_place``, the sinks being full; the page that seals, if one
+        does, a view that is valid until the next append."""
         self.n_tokens += 1
         self.n_window += 1
         if self.n_window < self._capacity:
@@ -81,11 +81,6 @@ class Anchors:
         valid = self.run_valid(self.n_sealed, 1)
         self.n_window -= self.page_size
         return Pages(self.keys[:, None, page], self.values[:, None, page], valid)
-
-    def put(self, keys: Tensor, values: Tensor, place: Tensor) -> None:
-        """Write tokens [rows, 1, D], [rows, 1, Dv] to the place int64 [1] of the newest one."""
-        self.keys.index_copy_(1, place, keys)
-        self.values.index_copy_(1, place, values)
 
     @property
     def newest_place(self) -> int:

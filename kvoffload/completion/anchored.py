@@ -8,7 +8,7 @@ order in (q - q0).
 from typing import ClassVar, Literal
 
 import torch
-from kvoffload_kernels.dispatch import estimate_rest
+from kvoffload_kernels.dispatch import estimate_rest, rest_of_segments
 from pydantic import Field
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from kvoffload.completion.base import Completion
 from kvoffload.completion.offset import OffsetsConfigBase
 from kvoffload.completion.segments import Segments
 from kvoffload.geometry import Geometry
-from kvoffload.values import Fetched, Pages, Partial
+from kvoffload.values import Fetched, Pages, Partial, Parts
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -52,6 +52,9 @@ class AnchoredCompletion(Completion):
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         return Partial(*estimate_rest(query, self._segments.sums(), self._segments.slices(fetched)))
+
+    def estimate_parts(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Parts:
+        return Parts(*rest_of_segments(query, self._segments.sums(), self._segments.slices(fetched)))
 
     @property
     def can_hold(self) -> bool:

@@ -12,7 +12,7 @@ from kvoffload.buffers import Room
 from kvoffload.completion.calibrated import CalibrationFile
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
-from kvoffload.values import Fetched, Pages, Partial
+from kvoffload.values import Fetched, Pages, Partial, Parts
 
 
 def per_query(state: Tensor, query: Tensor) -> Tensor:
@@ -53,6 +53,11 @@ class Completion(ABC):
         (exactly so when every page was fetched). ``fetched`` holds each slice of a query row at most once and changes
         nothing in the state. ``scores`` fp32 [rows * Q, R, P] are the selector's estimates of all pages' log masses; on
         the query's device only where ``uses_scores`` says that they are needed."""
+
+    def estimate_parts(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Parts | None:
+        """The same for steps of fixed shapes, one query a row, in parts that are merged at the end of the step, their
+        outputs anything finite where lse = -inf; None where nothing stands for what was not fetched."""
+        return Parts.of(self.estimate(query, fetched, scores))
 
     @property
     def can_hold(self) -> bool:

@@ -36,6 +36,9 @@ class NoCompletion(Completion):
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         return Partial.empty(query, self._value_dim)
 
+    def estimate_parts(self, query: Tensor, fetched: Fetched, scores: Tensor) -> None:
+        return None
+
     @property
     def can_hold(self) -> bool:
         return True

@@ -10,7 +10,7 @@ from kvoffload.completion.base import Completion, CompletionConfigBase, per_quer
 from kvoffload.completion.calibrated import CalibrationFile, read_calibration, read_tensors, tensor_shapes
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
-from kvoffload.values import Fetched, Pages, Partial
+from kvoffload.values import Fetched, Pages, Partial, Parts
 
 
 class OffsetCompletion(Completion):
@@ -41,6 +41,10 @@ class OffsetCompletion(Completion):
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         rest = self._inner.estimate(query, fetched, scores)
         return Partial(rest.output, rest.lse + per_query(self._offset, query))
+
+    def estimate_parts(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Parts | None:
+        rest = self._inner.estimate_parts(query, fetched, scores)
+        return None if rest is None else Parts(rest.output, rest.lse + self._offset[:, None])
 
     @property
     def can_hold(self) -> bool:

@@ -15,7 +15,7 @@ from kvoffload.buffers import tensor_bytes
 from kvoffload.completion.base import Completion, CompletionConfigBase
 from kvoffload.cross_sums import cross_sums
 from kvoffload.geometry import Geometry
-from kvoffload.values import Fetched, Pages, Partial, by_row
+from kvoffload.values import Fetched, Pages, Partial, Parts, by_row
 
 _LEAST_VARIANCE = 1e-20  # where no token counts yet
 _REFIT_GROWTH = 1.125  # the fit is made anew when there are so many times more tokens
@@ -97,9 +97,17 @@ class RegressionCompletion(Completion):
         if self._n_tokens == 0:
             return Partial.empty(query, self._geometry.value_dim)
         self.refresh()
+        rest = self._regressed(query, fetched)
+        return rest.masked(~rest.lse.isneginf())
+
+    def estimate_parts(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Parts:
+        return Parts.of(self._regressed(query, fetched))
+
+    def _regressed(self, query: Tensor, fetched: Fetched) -> Partial:
+        """The estimate; outputs are anything finite where nothing remains."""
         mean = self._by_query(self._mean_features(query, fetched), query)
         values = (by_row(mean.output, self._geometry.rows) - self._centre) @ self._map[:, 1:] + self._map[:, :1]
-        return Partial(values.reshape(*query.shape[:2], -1), mean.lse).masked(~mean.lse.isneginf())
+        return Partial(values.reshape(*query.shape[:2], -1), mean.lse)
 
     @property
     def can_hold(self) -> bool:

@@ -61,6 +61,7 @@ class Segments:
         self._sums = torch.zeros(*per_segment, sum(self._sizes), dtype=self._dtype, device=self._device)
         self._newest = torch.zeros(self._rows, sum(self._sizes), device=self._device)
         self._log_scale = torch.full((self._rows,), -torch.inf, device=self._device)
+        self._shift = torch.zeros(self._rows, device=self._device)  # the same, 0 while nothing is there
         self._segment_pages = max(-(-n_pages // self._n_segments), 1)
         self._lengths = [0]  # pages of each segment in use
         self._ends = torch.full((self._n_segments,), _UNUSED, device=self._device)  # the page after each segment
@@ -78,16 +79,15 @@ class Segments:
     def sums(self) -> SegmentSums:
         """The segments as kernels take them; views."""
         rounding = _ROUNDING[self._dtype]
-        return SegmentSums(self.anchor, self._shift(), self._mass, self._counts, self._sums, rounding)
+        return SegmentSums(self.anchor, self._shift, self._mass, self._counts, self._sums, self._ends, rounding)
 
     def slices(self, fetched: Fetched) -> Slices:
-        """Fetched slices with the segments that they leave."""
-        segments = self.of_pages(fetched.page_ids)
-        return Slices(fetched.keys, fetched.values, fetched.valid, fetched.row_ids, segments)
+        """Fetched slices as kernels take them."""
+        return Slices(fetched.keys, fetched.values, fetched.valid, fetched.row_ids, fetched.page_ids)
 
     def of_pages(self, page_ids: Tensor) -> Tensor:
         """The segment of each page."""
-        return torch.bucketize(page_ids, self._ends, right=True)
+        return self.sums().of_pages(page_ids)
 
     @property
     def state_bytes(self) -> int:
@@ -100,16 +100,14 @@ class Segments:
     def _tilted(self, keys: Tensor, values: Tensor, log_weight: Tensor) -> Tensor:
         return tilted_sums(keys[..., : self._sizes[0]], values, log_weight)
 
-    def _shift(self) -> Tensor:
-        return self._log_scale.masked_fill(self._log_scale.isneginf(), 0.0)
-
     def _rescale(self, logits: Tensor) -> None:
         """Express the sums relative to the largest exponent, these [rows, n] counted in."""
         largest = logits.amax(1)
         if self._dtype != torch.float32:
             largest = (largest / _LN2).ceil() * _LN2
         log_scale = torch.maximum(self._log_scale, largest)
-        factor = (self._log_scale - log_scale.masked_fill(log_scale.isneginf(), 0.0)).exp()
+        self._shift.copy_(log_scale.masked_fill(log_scale.isneginf(), 0.0))
+        factor = (self._log_scale - self._shift).exp()
         self._mass *= factor[:, None]
         self._sums *= factor[:, None, None]
         self._newest *= factor[:, None]
@@ -123,7 +121,7 @@ class Segments:
         taken = pages.run(start, min(start + self._segment_pages - self._lengths[-1], pages.n_pages))
         logits = torch.einsum("gd,gpsd->gps", self.anchor, taken.keys.float()) + taken.log_valid()
         self._rescale(logits.flatten(1))
-        flat = taken.keys.flatten(1, 2), taken.values.flatten(1, 2), (logits - self._shift()[:, None, None]).flatten(1)
+        flat = taken.keys.flatten(1, 2), taken.values.flatten(1, 2), (logits - self._shift[:, None, None]).flatten(1)
         sums = self._tilted(*flat)
         self._mass[:, last] += sums[:, 0]
         self._newest += sums[:, 1:]

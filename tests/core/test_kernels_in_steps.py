@@ -6,6 +6,8 @@ from kvoffload_kernels import dispatch
 from layers import geometry, new_layer, step, take_in, tokens
 from torch.testing import assert_close
 
+from kvoffload.attention.fixed import FixedSteps, decode_fixed
+from kvoffload.completion.sketch import FIT_TOKENS as SKETCH_FIT_TOKENS
 from kvoffload.index.transform import FIT_TOKENS
 from kvoffload.selection import topk
 
@@ -24,6 +26,21 @@ def steps_of(settings, n_prompt, padding):
     )
 
 
+def fixed_steps_of(settings, n_prompt, padding):
+    shape = geometry(key_dim=16, page_size=8)
+    query, keys, values = tokens(shape, n_prompt + N_STEPS)
+    layer = new_layer(shape, **(SIZES | settings))
+    take_in(layer, query[:, :, :n_prompt], keys[:, :n_prompt], values[:, :n_prompt], padding)
+    maker, steps = FixedSteps([layer]), []
+    for i in range(n_prompt, n_prompt + N_STEPS):
+        assert maker.advance()
+        part = decode_fixed(layer, query[:, :, i], keys[:, i : i + 1], values[:, i : i + 1])
+        maker.finish()
+        steps.append(torch.cat([part.output, part.lse[..., None]], -1))
+    return torch.stack(steps, 2), layer.meter.completion_mass
+
+
+@pytest.mark.parametrize("steps_of", [steps_of, fixed_steps_of], ids=["ordinary", "fixed"])
 @pytest.mark.parametrize(
     ("selector", "completion", "gpu_cache", "padding"),
     [
@@ -31,13 +48,16 @@ def steps_of(settings, n_prompt, padding):
         ("transform", "sketch", "64KiB", torch.tensor([0, 21])),
         ("quantized:group=16", "regression", "64KiB", torch.tensor([0, 21])),
         ("quantized:group=16", "anchored:segments=5", "off", None),
+        ("quantized:group=16", "anchored:segments=5,dtype=bfloat16", "64KiB", torch.tensor([0, 21])),
+        ("quantized:group=16", "none", "off", None),
         ("bounds", "none", "64KiB", None),
     ],
 )
 def test_a_step_through_the_kernels_is_one_through_the_references(
-    selector, completion, gpu_cache, padding, monkeypatch
+    selector, completion, gpu_cache, padding, steps_of, monkeypatch
 ):
-    n_prompt = FIT_TOKENS + 60 if selector == "transform" else 110
+    n_fitted = SKETCH_FIT_TOKENS if completion == "sketch" else FIT_TOKENS
+    n_prompt = n_fitted + 60 if selector == "transform" else 110
     settings = {"selector": selector, "completion": completion, "gpu_cache": gpu_cache}
     monkeypatch.setattr(topk, "fuses_top_pages", lambda scores, n_slices: True)  # the same Top-K in both
     expected = steps_of(settings, n_prompt, padding)

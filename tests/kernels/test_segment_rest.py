@@ -49,7 +49,7 @@ class Case:
             self.values[store_rows, pages],
             self.valid[store_rows, pages],
             rows,
-            pages // 3,
+            pages.contiguous(),
         )
 
     def segments(self, rounding=0.0, sums_dtype=torch.float32):
@@ -60,7 +60,13 @@ class Case:
         sums = tilted_sums(keys, values, log_weight)
         counts = self.valid.unflatten(1, (-1, 3)).flatten(2).sum(-1).float()
         return SegmentSums(
-            self.anchor, shift, sums[..., 0].contiguous(), counts, sums[..., 1:].to(sums_dtype), rounding
+            self.anchor,
+            shift,
+            sums[..., 0].contiguous(),
+            counts,
+            sums[..., 1:].to(sums_dtype),
+            torch.arange(3, PAGES + 1, 3),
+            rounding,
         )
 
     def definition(self, query_row):

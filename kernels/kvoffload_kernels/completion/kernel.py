@@ -130,7 +130,7 @@ def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple
 
 def _take_away(taken: Tensor, segments: SegmentSums, slices: Slices, sizes: dict[str, int]) -> None:
     keys, values, valid = slices.keys, slices.values, slices.valid
-    row_ids, segment_ids = slices.row_ids.contiguous(), slices.segment_ids.contiguous()
+    row_ids, segment_ids = slices.row_ids.contiguous(), segments.of_pages(slices.page_ids)
     if keys.shape[0] == 0:
         return
     size = keys.shape[1]

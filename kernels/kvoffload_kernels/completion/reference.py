@@ -14,27 +14,33 @@ EMPTY = 1e-6
 @dataclass(frozen=True)
 class SegmentSums:
     """Tilted sums of M segments a row: anchor fp32 [rows, D], the log scale of the weights fp32 [rows] (finite), masses
-    and token counts fp32 [rows, M], sums of keys and values [rows, M, D + Dv], and the share ``rounding`` of the mass
-    below which sums of their precision say nothing of what is left."""
+    and token counts fp32 [rows, M], sums of keys and values [rows, M, D + Dv], the page after each segment int64 [M]
+    (ascending), and the share ``rounding`` of the mass below which sums of their precision say nothing of what is
+    left."""
 
     anchor: Tensor
     shift: Tensor
     mass: Tensor
     counts: Tensor
     sums: Tensor
+    ends: Tensor
     rounding: float = 0.0
+
+    def of_pages(self, page_ids: Tensor) -> Tensor:
+        """The segment of each page."""
+        return torch.bucketize(page_ids, self.ends, right=True)
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Fetched slices: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, and the query row and the segment
-    that each leaves, int64 [F]."""
+    """Fetched slices: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, and the query row and the page
+    of each, int64 [F]."""
 
     keys: Tensor
     values: Tensor
     valid: Tensor | None
     row_ids: Tensor
-    segment_ids: Tensor
+    page_ids: Tensor
 
 
 def tilted_sums(keys: Tensor, values: Tensor, log_weight: Tensor) -> Tensor:
@@ -60,7 +66,7 @@ def what_is_left(n_queries: int, segments: SegmentSums, slices: Slices) -> tuple
     )
     state = torch.cat([mass[..., None], sums, counts[..., None]], -1)
     left_over = remove_slices(
-        state, _slice_sums(anchor, shift, slices, sums.shape[-1]), slices.row_ids, slices.segment_ids
+        state, _slice_sums(anchor, shift, slices, sums.shape[-1]), slices.row_ids, segments.of_pages(slices.page_ids)
     )
     left_mass, n_left = left_over[..., 0], left_over[..., -1]
     left = (n_left > 0.5) & (left_mass > EMPTY * mass)

@@ -9,11 +9,18 @@ _WORDS = 1024  # 8 KiB a block of eight-byte words: a slice of 16 tokens, D = 12
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy(source, source_ids, out, out_ids, wanted, n_slices, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _copy(  # type: ignore[no-untyped-def]
+    source, source_ids, out, out_ids, wanted, n_slices, words, BLOCK: tl.constexpr, PLACED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):  # fmt: skip
     for i in range(tl.program_id(0), n_slices, tl.num_programs(0)):
-        end = tl.where(tl.load(wanted + i) != 0, words, 0)
+        end, place = words, i
+        if CHOSEN:
+            end = tl.where(tl.load(wanted + i) != 0, words, 0)
+        if PLACED:
+            place = tl.load(out_ids + i)
         base_in = tl.load(source_ids + i).to(tl.int64) * words
-        base_out = tl.load(out_ids + i).to(tl.int64) * words
+        base_out = tl.cast(place, tl.int64) * words
         for start in range(0, words, BLOCK):
             offset = start + tl.arange(0, BLOCK)
             mask = offset < end
@@ -34,12 +41,10 @@ def gather_slices(
     """
     if source_ids.numel() == 0:
         return
-    if out_ids is None:
-        out_ids = torch.arange(source_ids.shape[0], device=source_ids.device)
-    if wanted is None:
-        wanted = torch.ones_like(source_ids, dtype=torch.bool)
     words = source.view(torch.int64)
     n = source_ids.numel()
     _copy[(min(n, n_programs),)](
-        words, source_ids, out.view(torch.int64), out_ids, wanted.view(torch.uint8), n, words.shape[-1], BLOCK=_WORDS
-    )
+        words, source_ids, out.view(torch.int64), source_ids if out_ids is None else out_ids,
+        source_ids if wanted is None else wanted.view(torch.uint8), n, words.shape[-1], BLOCK=_WORDS,
+        PLACED=out_ids is not None, CHOSEN=wanted is not None,
+    )  # fmt: skip
