@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from kvoffload_kernels.cache_slots.reference import Hits
 from kvoffload_kernels.dispatch import gather_slices
 from kvoffload_storage.aligned import aligned_empty
 from kvoffload_storage.errors import StorageError
@@ -123,12 +124,17 @@ class Fetch(ABC):
             self.n_hits.copy_(hits)
             self.wait_s, self.n_late, self.patience_s = wait_s, late, patience_s
 
-    def _admit(self, selection: Selection) -> tuple[Tensor, Tensor] | None:
+    def _ids(self, selection: Selection) -> Tensor:
+        """A number for each slice, its place among all of the layer, int64 [F]."""
+        return torch.add(selection.store_rows, selection.page_ids, alpha=self.geometry.rows)
+
+    def _admit(self, selection: Selection, ids: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Places in the page cache; several queries of a row, which may want the same pages, pass it by."""
         if selection.n_queries > 1:
             return None
-        keys = selection.page_ids * self.geometry.rows + selection.row_ids
-        return self.slots.admit(keys if selection.wanted is None else torch.where(selection.wanted, keys, -1))
+        keys = ids if selection.wanted is None else torch.where(selection.wanted, ids, -1)
+        spared = self.geometry.slice_bytes if self.can_hold and self.store.tier != "gpu" else 0
+        return self.slots.admit(keys, Hits(self.n_hits, self.decode.spared, spared))
 
     def _pages(self, data: Tensor) -> Pages:
         keys, values = unpack_slices(data, self.geometry)
@@ -151,20 +157,15 @@ class MappedFetch(Fetch):
 
     def move(self, selection: Selection) -> list[Arrival]:
         selection = selection.to(self.device)
-        ids = selection.page_ids * self.geometry.rows + selection.store_rows
-        admitted, source = self._admit(selection), self._memory().flatten(0, 1)
+        ids, source = self._ids(selection), self._memory().flatten(0, 1)
+        admitted = self._admit(selection, ids)
         if admitted is None:
             places = self.slots.reserve(len(selection))
             self.step_bytes = max(self.step_bytes, places.numel())
             gather_slices(source, ids, places, None, selection.wanted)
             return [lambda: (selection, places)]
-        slot_ids, hit = admitted
-        missed = ~hit if selection.wanted is None else selection.wanted & ~hit
+        slot_ids, _, missed = admitted
         gather_slices(source, ids, self.slots.data, slot_ids, missed)
-        n_hits = hit.sum()
-        self.n_hits.add_(n_hits)
-        if self.store.tier != "gpu":
-            self.decode.spared.add_(n_hits, alpha=self.geometry.slice_bytes)
         return [lambda: (selection, self.slots.data.index_select(0, slot_ids))]
 
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
@@ -206,11 +207,10 @@ class SubmittedFetch(Fetch):
     def start(self, selection: Selection) -> list[Arrival]:
         selection = selection.to(torch.device("cpu"))
         self.n_asked += len(selection)
-        admitted = self._admit(selection)
+        admitted = self._admit(selection, self._ids(selection))
         if admitted is None:
             return self._submit(selection.by_query())
-        places, hit = admitted
-        self.n_hits.add_(hit.sum())
+        places, hit, _ = admitted
         have = Selection(selection.row_ids[hit], selection.page_ids[hit])
         want = Selection(selection.row_ids[~hit], selection.page_ids[~hit])
         resident = self.slots.data.index_select(0, places[hit].to(self.device))

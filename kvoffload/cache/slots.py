@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
+from kvoffload_kernels.cache_slots.reference import Hits
 from kvoffload_kernels.dispatch import assign_slots
 from torch import Tensor
 
@@ -17,10 +18,10 @@ class Slots(ABC):
     """Slices that are kept from step to step; None where none are meant to be."""
 
     @abstractmethod
-    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Places for distinct slices, named by int64 keys [F]: (places [F], hit bool [F]); None when nothing is kept
-        and all of them go to ``reserve``. What missed must be written to its place before ``data`` is read. A key below
-        0 is no slice: its place is one that no slice gets."""
+    def admit(self, keys: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Places for distinct slices, named by int64 keys [F]: (places [F], hit bool [F], missed bool [F]), with the
+        hits added to ``hits``; None when nothing is kept and all of them go to ``reserve``. What missed must be written
+        to its place before ``data`` is read. A key below 0 is no slice: its place is one that no slice gets."""
 
     @abstractmethod
     def reserve(self, n_slices: int) -> Tensor:
@@ -41,7 +42,7 @@ class Staging(Slots):
     def __init__(self, slice_bytes: int, device: torch.device) -> None:
         self.data = torch.empty(0, slice_bytes, dtype=torch.uint8, device=device)
 
-    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    def admit(self, keys: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
 
     def reserve(self, n_slices: int) -> Tensor:
@@ -66,13 +67,12 @@ class PageCache(Slots):
         self.data = torch.zeros(n_slots + 1, slice_bytes, dtype=torch.uint8, device=device)  # and one for no slice
         self._start_table(device)
 
-    def admit(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    def admit(self, keys: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
         if keys.shape[0] > self._owners.shape[0]:
             return None
         if keys.device != self._owners.device:
             self._start_table(keys.device)
-        self._now += 1
-        return assign_slots(keys, self._owners, self._last_used, self._now)
+        return assign_slots(keys, self._owners, self._last_used, self._now, hits)
 
     def reserve(self, n_slices: int) -> Tensor:
         return self._staging.reserve(n_slices)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kvoffload_kernels.cache_slots.reference import assign_slots
+from kvoffload_kernels.cache_slots.reference import Hits, assign_slots
 
 
 class PlainLru:
@@ -42,7 +42,7 @@ def empty(n_slots):
 def test_one_page_at_a_time_is_exactly_least_recently_used(seed):
     lru, (owners, last_used) = PlainLru(4), empty(4)
     for now, wanted in enumerate(trace(300, 9, 1, seed), start=1):
-        _, hit = assign_slots(wanted, owners, last_used, torch.tensor(now))
+        _, hit, _ = assign_slots(wanted, owners, last_used, torch.tensor(now - 1))
         assert set(wanted[hit].tolist()) == lru.step(wanted.tolist(), now)
         assert set(owners[owners >= 0].tolist()) == set(lru.used)
 
@@ -52,7 +52,7 @@ def test_ages_of_what_stays_are_those_of_the_plain_cache(n_slots, n_keys, most):
     """Among pages used in the same step any may go, so ages are compared, and what stays is taken over."""
     lru, (owners, last_used) = PlainLru(n_slots), empty(n_slots)
     for now, wanted in enumerate(trace(200, n_keys, most, n_slots), start=1):
-        _, hit = assign_slots(wanted, owners, last_used, torch.tensor(now))
+        _, hit, _ = assign_slots(wanted, owners, last_used, torch.tensor(now - 1))
         assert set(wanted[hit].tolist()) == lru.step(wanted.tolist(), now)
         resident = {int(key): int(age) for key, age in zip(owners, last_used, strict=True) if key >= 0}
         assert sorted(resident.values()) == sorted(lru.used.values())
@@ -64,7 +64,7 @@ def test_every_wanted_page_gets_a_slot_of_its_own_and_owns_it(seed):
     owners, last_used = empty(8)
     for now, wanted in enumerate(trace(100, 30, 8, seed), start=1):
         before = owners.clone()
-        slots, hit = assign_slots(wanted, owners, last_used, torch.tensor(now))
+        slots, hit, _ = assign_slots(wanted, owners, last_used, torch.tensor(now - 1))
         assert len(set(slots.tolist())) == len(wanted)
         assert torch.equal(owners[slots], wanted)
         assert torch.equal(before[slots[hit]], wanted[hit])
@@ -78,12 +78,15 @@ def test_the_kernel_gives_the_slots_that_the_reference_gives(n_slots, n_keys, mo
     kernel = pytest.importorskip("kvoffload_kernels.cache_slots.kernel", exc_type=ImportError)
     monkeypatch.setattr(kernel, "_CHUNK", 16)
     expected, given = empty(n_slots), empty(n_slots)
+    times, counts = torch.zeros(2, dtype=torch.int64).unbind(), torch.zeros(2, 2, dtype=torch.int64)
     for now, wanted in enumerate(trace(15, n_keys, most, n_slots), start=1):
         wanted[::3] = -1
-        one = assign_slots(wanted, *expected, torch.tensor(now))
-        other = kernel.assign_slots(wanted, *given, torch.tensor(now))
-        for a, b in zip([*one, *expected], [*other, *given], strict=True):
+        one = assign_slots(wanted, *expected, times[0], Hits(*counts[0], 100))
+        other = kernel.assign_slots(wanted, *given, times[1], Hits(*counts[1], 100))
+        for a, b in zip([*one, *expected, *counts[0]], [*other, *given, *counts[1]], strict=True):
             assert torch.equal(a, b)
+        assert times[0] == times[1] == now
+    assert counts[0][1] == 100 * counts[0][0]
 
 
 def test_keys_below_zero_want_nothing():
@@ -91,17 +94,18 @@ def test_keys_below_zero_want_nothing():
     for now, wanted in enumerate(trace(100, 30, 8, 0), start=1):
         gaps = torch.full((2 * len(wanted) + 1,), -1)
         gaps[1::2] = wanted
-        slots, hit = assign_slots(gaps, *with_gaps, torch.tensor(now))
-        expected = assign_slots(wanted, *without, torch.tensor(now))
+        slots, hit, missed = assign_slots(gaps, *with_gaps, torch.tensor(now - 1))
+        expected = assign_slots(wanted, *without, torch.tensor(now - 1))
         assert (slots[::2] == 8).all()
         assert not hit[::2].any()
-        for a, b in zip([slots[1::2], hit[1::2], *with_gaps], [*expected, *without], strict=True):
+        for a, b in zip([slots[1::2], hit[1::2], missed[1::2], *with_gaps], [*expected, *without], strict=True):
             assert torch.equal(a, b)
+        assert torch.equal(missed, (gaps >= 0) & ~hit)
 
 
 def test_what_stays_does_not_depend_on_the_order_of_what_is_wanted():
     forward, backward = empty(8), empty(8)
     for now, wanted in enumerate(trace(100, 30, 8, 1), start=1):
-        assign_slots(wanted, *forward, torch.tensor(now))
-        assign_slots(wanted.flip(0), *backward, torch.tensor(now))
+        assign_slots(wanted, *forward, torch.tensor(now - 1))
+        assign_slots(wanted.flip(0), *backward, torch.tensor(now - 1))
         assert set(forward[0].tolist()) == set(backward[0].tolist())

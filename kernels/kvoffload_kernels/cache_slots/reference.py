@@ -1,19 +1,32 @@
 """Least-recently-used slots of a device page cache, in fixed-shape tensor operations without a host round trip."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
 from torch import Tensor
 
 
-def assign_slots(wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each wanted page key a slot: int64 wanted [F] (distinct), owners [C] (page key of each slot, -1 empty),
-    last_used [C].
+class Hits(NamedTuple):
+    """What hits are added to, int64 []: their number and their bytes, ``slice_bytes`` each."""
 
-    Returns (slots int64 [F], hit bool [F]) and updates owners and last_used in place. Misses take the slots that were
-    used longest ago, of several that of the smallest key, so that the order of what is wanted does not matter to what
-    stays; a slot hit now is never taken, which needs C >= F. A key below 0 wants nothing: its slot is C, and
-    it changes nothing.
+    number: Tensor
+    spared: Tensor
+    slice_bytes: int
+
+
+def assign_slots(
+    wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor, hits: Hits | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each wanted page key a slot: int64 wanted [F] (distinct), owners [C] (page key of each slot, -1 empty),
+    last_used [C] and the number ``now`` [] of the step before, which is counted up.
+
+    Returns (slots int64 [F], hit bool [F], missed bool [F]) and updates owners and last_used in place. Misses take the
+    slots that were used longest ago, of several that of the smallest key, so that the order of what is wanted does not
+    matter to what stays; a slot hit now is never taken, which needs C >= F. A key below 0 wants nothing: its slot is C,
+    and it changes nothing.
     """
+    now += 1
     n_slots = owners.shape[0]
     order = owners.argsort(stable=True)
     sorted_owners = owners[order]
@@ -27,4 +40,8 @@ def assign_slots(wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor)
     slots = torch.where(real, slots, n_slots)
     owners.copy_(F.pad(owners, (0, 1)).scatter(0, slots, wanted)[:n_slots])
     last_used.copy_(F.pad(last_used, (0, 1)).scatter(0, slots, now.expand_as(slots))[:n_slots])
-    return slots, hit
+    if hits is not None:
+        n_hits = hit.sum()
+        hits.number.add_(n_hits)
+        hits.spared.add_(n_hits, alpha=hits.slice_bytes)
+    return slots, hit, real & ~hit
