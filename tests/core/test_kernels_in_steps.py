@@ -31,7 +31,7 @@ def fixed_steps_of(settings, n_prompt, padding):
     query, keys, values = tokens(shape, n_prompt + N_STEPS)
     layer = new_layer(shape, **(SIZES | settings))
     take_in(layer, query[:, :, :n_prompt], keys[:, :n_prompt], values[:, :n_prompt], padding)
-    maker, steps = FixedSteps([layer]), []
+    maker, steps = FixedSteps([layer], room_tokens=64), []
     for i in range(n_prompt, n_prompt + N_STEPS):
         assert maker.advance()
         part = decode_fixed(layer, query[:, :, i], keys[:, i : i + 1], values[:, i : i + 1])
