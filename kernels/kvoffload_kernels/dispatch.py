@@ -23,7 +23,18 @@ from kvoffload_kernels.transform_code import reference as transform_code
 from kvoffload_kernels.transform_code.reference import Levels
 
 VERIFIED: frozenset[str] = frozenset(
-    {"cache_slots", "completion", "gather", "merge", "page_scores", "page_shares", "sparse_decode", "transform_code"}
+    {
+        "cache_slots",
+        "completion",
+        "decode_step",
+        "gather",
+        "merge",
+        "page_scores",
+        "page_shares",
+        "page_top",
+        "sparse_decode",
+        "transform_code",
+    }  # fmt: skip
 )
 """Folders whose Triton kernels a GPU has shown to equal their references (by ``scripts/kernel-check``; the gather by
 ``scripts/gpu-check``). Only these are used, and only on CUDA; a folder is named here once its check has passed."""
