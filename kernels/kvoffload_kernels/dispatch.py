@@ -34,7 +34,7 @@ VERIFIED: frozenset[str] = frozenset(
         "page_top",
         "sparse_decode",
         "transform_code",
-    }  # fmt: skip
+    }
 )
 """Folders whose Triton kernels a GPU has shown to equal their references (by ``scripts/kernel-check``; the gather by
 ``scripts/gpu-check``). Only these are used, and only on CUDA; a folder is named here once its check has passed."""
