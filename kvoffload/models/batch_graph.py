@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
+from kvoffload.attention.repeats import Capture, Repeats
 from kvoffload.models.batch import FAILURES, Fed, batch_of, feed_together
 from kvoffload.models.cache import OffloadCache, OffloadLayer
 from kvoffload.models.compiled import Glue, fused
-from kvoffload.models.step_graph import Capture, Captured, StepGraph, Stepped
+from kvoffload.models.step_graph import StepGraph, Stepped
 
 Key = tuple[tuple[int, int], ...]
 
@@ -37,10 +38,16 @@ class BatchSteps:
         self._fixed: WeakKeyDictionary[OffloadCache, FixedSteps] = WeakKeyDictionary()
         self._numbers: WeakKeyDictionary[OffloadCache, int] = WeakKeyDictionary()  # an id would come again
         self._count = count()
-        self._key: Key = ()  # what the newest step ran for
-        self._captured: Captured | None = None
+        self._repeats: Repeats[Stepped] = Repeats(capture)
         self._inputs = torch.zeros(2, 0, 1, dtype=torch.int64)  # what a replay reads its tokens and positions from
-        self.n_replays, self.refusal = 0, ""
+
+    @property
+    def n_replays(self) -> int:
+        return self._repeats.n_replays
+
+    @property
+    def refusal(self) -> str:
+        return self._repeats.refusal
 
     @torch.inference_mode()
     def feed(self, caches: Sequence[OffloadCache], tokens: Sequence[int]) -> list[Fed | BaseException]:
@@ -86,21 +93,11 @@ class BatchSteps:
 
     def _run(self, key: Key, caches: Sequence[OffloadCache], inputs: Tensor) -> Stepped:
         """A step of tokens and positions, int64 [2, B, 1]."""
-        if key != self._key:
-            self._key, self._captured, self._inputs = key, None, inputs.to(self._model.device)
-            return self._forward(caches)
-        self._inputs.copy_(inputs)
-        if self._captured is None:
-            assert self._capture is not None, "else no step is fixed"
-            try:
-                self._captured = self._capture(lambda: self._forward(caches), ())
-            except RuntimeError as error:
-                self.refusal = next(iter(str(error).splitlines()), type(error).__name__)
-                return self._forward(caches)
-        stepped, replay = self._captured
-        replay()
-        self.n_replays += 1
-        return stepped
+        if key == self._repeats.key:
+            self._inputs.copy_(inputs)
+        else:
+            self._inputs = inputs.to(self._model.device)
+        return self._repeats.run(key, lambda: self._forward(caches))
 
     def _forward(self, caches: Sequence[OffloadCache]) -> Stepped:
         """The device's part of a step."""

@@ -5,7 +5,7 @@ runs as it is, so that kernels are compiled and memory is taken; the second one 
 replayed from then on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -15,6 +15,7 @@ from kvoffload_storage.errors import CapacityError
 from torch import Tensor
 
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
+from kvoffload.attention.repeats import Capture, Repeats, capture_of
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
 from kvoffload.models.cache import OffloadCache, OffloadLayer
@@ -31,29 +32,6 @@ class Stepped:
     picked: Tensor
 
 
-Captured = tuple[Stepped, Callable[[], None]]
-"""A step's results, and what computes them anew."""
-
-Capture = Callable[[Callable[[], Stepped], Sequence[torch.Generator]], Captured]
-"""From a step and the generators that it draws from to what can be replayed; the step is not run. Raises RuntimeError
-where that cannot be."""
-
-
-def capture_cuda(call: Callable[[], Stepped], generators: Sequence[torch.Generator]) -> Captured:
-    """A CUDA graph of what the function does on the device."""
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        stepped = call()
-    return stepped, graph.replay
-
-
-def capture_of(device: torch.device) -> Capture | None:
-    """How steps are captured on a device; None where they are not."""
-    return capture_cuda if device.type == "cuda" else None
-
-
 class StepGraph:
     """The decode steps of one cache whose layers have all begun. ``n_replays`` counts those that were replays;
     ``refusal`` says why none are any more, if the model's steps could not be captured. With ``glue`` their small
@@ -63,13 +41,19 @@ class StepGraph:
         self, model: Any, cache: OffloadCache, capture: Capture, *, room_tokens: int = ROOM_TOKENS,
         glue: Glue | None = None,
     ) -> None:  # fmt: skip
-        self._model, self.cache, self._capture, self._glue = model, cache, capture, glue
+        self._model, self.cache, self._glue = model, cache, glue
+        self._repeats: Repeats[Stepped] = Repeats(capture)
         self._steps = FixedSteps(cache.offloaded, room_tokens=room_tokens)
         shape = (cache.offloaded[0].geometry.n_sequences, 1)
         self._ids, self._positions = (torch.zeros(shape, dtype=torch.int64, device=model.device) for _ in range(2))
-        self._key: tuple[int, Sampler | None] | None = None  # what the newest step ran for
-        self._captured: Captured | None = None
-        self.n_replays, self.refusal = 0, ""
+
+    @property
+    def n_replays(self) -> int:
+        return self._repeats.n_replays
+
+    @property
+    def refusal(self) -> str:
+        return self._repeats.refusal
 
     @staticmethod
     def possible(cache: OffloadCache) -> bool:
@@ -99,20 +83,8 @@ class StepGraph:
 
     def _run(self, sampler: Sampler | None) -> Stepped:
         key = (self._steps.version, sampler)
-        if key != self._key:
-            self._key, self._captured = key, None
-            return self._forward(sampler)
-        if self._captured is None:
-            try:
-                generators = () if sampler is None else sampler.generators
-                self._captured = self._capture(lambda: self._forward(sampler), generators)
-            except RuntimeError as error:
-                self.refusal = next(iter(str(error).splitlines()), type(error).__name__)
-                return self._forward(sampler)
-        stepped, replay = self._captured
-        replay()
-        self.n_replays += 1
-        return stepped
+        generators = () if sampler is None else sampler.generators
+        return self._repeats.run(key, lambda: self._forward(sampler), generators)
 
     def _forward(self, sampler: Sampler | None) -> Stepped:
         """The device's part of a step."""
