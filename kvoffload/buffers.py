@@ -7,15 +7,24 @@ from torch import Tensor
 
 class Room:
     """A fixed number of places for pages, so that what a step reads keeps its shapes and addresses while pages come.
-    ``beyond`` bool [n_pages] is true for places that have no page yet; who owns the room keeps it so."""
+    ``beyond`` bool [n_pages] is true for places that have no page yet, ``newest`` int64 [1] is the last one that has,
+    ``tokens`` int64 [page_size] are its tokens' numbers; who owns the room keeps them so."""
 
     def __init__(self, n_pages: int, page_size: int, device: torch.device) -> None:
         self.n_pages, self.n_tokens = n_pages, n_pages * page_size
         self.beyond = torch.ones(n_pages, dtype=torch.bool, device=device)
+        self.newest = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens = torch.arange(page_size, device=device)
+
+    @property
+    def page_size(self) -> int:
+        return len(self.tokens)
 
     def fill(self, n_used: int) -> None:
         """The first ``n_used`` places have pages."""
         self.beyond[:n_used].fill_(False)
+        self.newest.fill_(n_used - 1)
+        write_range(self.tokens, (n_used - 1) * self.page_size)
 
     def bound(self, scores: Tensor) -> Tensor:
         """Scores [..., n_pages], -inf where no page is; in place."""
@@ -52,6 +61,16 @@ class Growing:
         self._data[:, self._length : end] = rows
         self._length = end
 
+    def put(self, at: Tensor, rows: Tensor) -> None:
+        """While held: write rows [rows, k, ...] to the places ``at``, int64 [k] where they lie. The host counts them by
+        ``count``."""
+        assert self._data is not None, "nothing was appended yet"
+        self._data.index_copy_(1, at, rows)
+
+    def count(self, length: int) -> None:
+        """While held: there are so many entries now."""
+        self._length = length
+
     def truncate(self, length: int) -> None:
         """Forget everything behind the first ``length`` entries."""
         self._length = min(length, self._length)
@@ -71,6 +90,11 @@ class Growing:
         if self._data is not None:
             larger[:, : self._length] = self._data[:, : self._length]
         self._data = larger
+
+
+def write_range(out: Tensor, first: int) -> None:
+    """Consecutive numbers from ``first`` on, into int64 [n]."""
+    torch.arange(first, first + len(out), out=out)
 
 
 def tensor_bytes(*tensors: Tensor) -> int:

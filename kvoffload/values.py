@@ -95,9 +95,15 @@ class Pages:
         zeros = torch.zeros(self.keys.shape[:3], device=self.keys.device)
         return zeros if self.valid is None else zeros.masked_fill(~self.valid, -torch.inf)
 
+    def masked(self, logits: Tensor) -> Tensor:
+        """Logits [rows, P * S] of these tokens, -inf where they do not count."""
+        return logits if self.valid is None else logits.masked_fill(~self.valid.flatten(1), -torch.inf)
+
     def counts(self) -> Tensor:
         """Valid tokens of each page, fp32 [rows, P]."""
-        return self.log_valid().exp().sum(-1)
+        if self.valid is None:
+            return torch.full(self.keys.shape[:2], float(self.keys.shape[2]), device=self.keys.device)
+        return self.valid.sum(-1, dtype=torch.float32)
 
     def to(self, device: torch.device) -> "Pages":
         valid = None if self.valid is None else self.valid.to(device)

@@ -14,6 +14,8 @@ from kvoffload_kernels.dispatch import begin_step, finish_step
 from torch import Tensor
 
 from kvoffload.attention.layer import Fixed, LayerCache
+from kvoffload.attention.repeats import Capture
+from kvoffload.attention.sealing import Sealing
 from kvoffload.buffers import Room
 from kvoffload.selection.topk import list_sizes
 from kvoffload.values import Partial
@@ -52,10 +54,13 @@ class Lists(NamedTuple):
 class FixedSteps:
     """The host's part of the steps of all layers of one cache. For each of them: ``advance``, then ``decode_fixed`` on
     every layer, then ``finish``. ``version`` changes when tensors have moved or shapes have changed: what was captured
-    before is void then. Everything else may be done to the layers between steps."""
+    before is void then. Everything else may be done to the layers between steps. With ``capture`` sealing is
+    replayed."""
 
-    def __init__(self, layers: Sequence[LayerCache], *, room_tokens: int = ROOM_TOKENS) -> None:
-        self._layers = layers
+    def __init__(
+        self, layers: Sequence[LayerCache], *, room_tokens: int = ROOM_TOKENS, capture: Capture | None = None
+    ) -> None:
+        self._layers, self._sealing = layers, Sealing(layers, capture)
         self._bucket = max(room_tokens // layers[0].geometry.page_size, 1)
         self.version = 0
         self._room = Room(0, layers[0].geometry.page_size, torch.device("cpu"))
@@ -80,10 +85,12 @@ class FixedSteps:
         self._lists = [_lists(layer, layer.budget(layer.n_tokens + 1), n_pages) for layer in self._layers]
         if (n_pages > self._room.n_pages or self._is_stale()) and not self._fix(n_pages):
             return False
-        for layer in self._layers:
-            layer.seal(layer.anchors.advance())
-            layer.completion.refresh()
+        starts = [layer.anchors.count() for layer in self._layers]
         self._tell(n_pages)
+        if starts[0] is not None:
+            self._sealing.seal(starts[0], self._room, self.version)
+        for layer in self._layers:
+            layer.completion.refresh()
         return True
 
     def finish(self) -> None:

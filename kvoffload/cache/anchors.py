@@ -66,21 +66,27 @@ class Anchors:
             place = self.newest_place
             self.keys[:, place : place + 1], self.values[:, place : place + 1] = keys, values
             self.n_tokens = first
-            return self.advance()
+            start = self.count()
+            return None if start is None else self._page(start)
         return self._append_many(keys[:, skip:], values[:, skip:])
 
-    def advance(self) -> Pages | None:
-        """Count a token that will be written to ``newest_place``, the sinks being full; the page that seals, if one
-        does, a view that is valid until the next append."""
+    def count(self) -> int | None:
+        """Count a token that will be written to ``newest_place``, the sinks being full; the first place of the page
+        that seals, if one does."""
         self.n_tokens += 1
         self.n_window += 1
         if self.n_window < self._capacity:
             return None
         start = self.n_sinks + self._ring(self._window_start)
-        page = slice(start, start + self.page_size)  # the ring is whole pages, so a page never wraps
-        valid = self.run_valid(self.n_sealed, 1)
         self.n_window -= self.page_size
-        return Pages(self.keys[:, None, page], self.values[:, None, page], valid)
+        return start
+
+    def page_at(self, places: Tensor, tokens: Tensor) -> Pages:
+        """The page in these places, its tokens those of these numbers among all of the pages, int64 [S] both, where the
+        anchors are; a copy."""
+        keys, values = (buffer.index_select(1, places)[:, None] for buffer in self.buffers)
+        valid = None if self.padding is None else (tokens >= self.padding[:, None])[:, None]
+        return Pages(keys, values, valid)
 
     @property
     def newest_place(self) -> int:
@@ -188,6 +194,11 @@ class Anchors:
         shape = (n_pages, self.page_size)
         valid = self.run_valid(first_page, n_pages)
         return Pages(keys[:, :sealed].unflatten(1, shape), values[:, :sealed].unflatten(1, shape), valid)
+
+    def _page(self, start: int) -> Pages:
+        """The page that sealed just now; views."""
+        page = slice(start, start + self.page_size)  # the ring is whole pages, so a page never wraps
+        return Pages(self.keys[:, None, page], self.values[:, None, page], self.run_valid(self.n_sealed - 1, 1))
 
     def _window_start_before(self, new: Tensor) -> int:
         return max(self.n_tokens, self.n_sinks) - new.shape[1] - self.n_window

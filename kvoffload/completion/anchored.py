@@ -12,6 +12,7 @@ from kvoffload_kernels.dispatch import estimate_rest, rest_of_segments
 from pydantic import Field
 from torch import Tensor
 
+from kvoffload.buffers import Room
 from kvoffload.completion.base import Completion
 from kvoffload.completion.offset import OffsetsConfigBase
 from kvoffload.completion.segments import Segments
@@ -49,6 +50,15 @@ class AnchoredCompletion(Completion):
 
     def absorb(self, pages: Pages) -> None:
         self._segments.absorb(pages)
+
+    def hold(self, room: Room | None) -> None:
+        self._segments.hold(room)
+
+    def note(self) -> None:
+        self._segments.note()
+
+    def put(self, page: Pages) -> None:
+        self._segments.put(page)
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         return Partial(*estimate_rest(query, self._segments.sums(), self._segments.slices(fetched)))

@@ -67,7 +67,16 @@ class Completion(ABC):
 
     def hold(self, room: Room | None) -> None:  # noqa: B027 - most keep nothing for each token
         """From now on what there is of each token stays where it is while pages come into the room, in which scores and
-        index are held too; None ends that."""
+        index are held too, each by ``note`` and ``put``; None ends that."""
+
+    def note(self) -> None:  # noqa: B027 - most count nothing
+        """The host's part of an ``absorb`` of one page while held: count it, and make place for it. Comes before
+        ``put``."""
+
+    def put(self, page: Pages) -> None:
+        """The device's part: the same work on the same tensors for every page, so that it can be replayed; it is the
+        ``newest`` of the room, and in the index already."""
+        raise NotImplementedError
 
     @property
     @abstractmethod

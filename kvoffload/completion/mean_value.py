@@ -42,6 +42,9 @@ class MeanValueCompletion(Completion):
     def absorb(self, pages: Pages) -> None:
         self._sums += _sums(pages.values, pages.log_valid()).sum(1)
 
+    def put(self, page: Pages) -> None:
+        self.absorb(page)
+
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         taken = _sums(fetched.values, fetched.log_valid())
         left = per_query(self._sums, query).index_add(0, fetched.row_ids, taken, alpha=-1)

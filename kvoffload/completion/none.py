@@ -33,6 +33,9 @@ class NoCompletion(Completion):
     def absorb(self, pages: Pages) -> None:
         """There is no state."""
 
+    def put(self, page: Pages) -> None:
+        """There is no state."""
+
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         return Partial.empty(query, self._value_dim)
 

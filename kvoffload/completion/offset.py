@@ -6,6 +6,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from kvoffload.buffers import Room
 from kvoffload.completion.base import Completion, CompletionConfigBase, per_query
 from kvoffload.completion.calibrated import CalibrationFile, read_calibration, read_tensors, tensor_shapes
 from kvoffload.geometry import Geometry
@@ -37,6 +38,15 @@ class OffsetCompletion(Completion):
 
     def refresh(self) -> None:
         self._inner.refresh()
+
+    def hold(self, room: Room | None) -> None:
+        self._inner.hold(room)
+
+    def note(self) -> None:
+        self._inner.note()
+
+    def put(self, page: Pages) -> None:
+        self._inner.put(page)
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         rest = self._inner.estimate(query, fetched, scores)

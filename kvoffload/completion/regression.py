@@ -69,10 +69,10 @@ class RegressionCompletion(Completion):
         assert self.index is not None, "built without an index"
         return self.index.keys(start, stop).to(self._device)
 
-    def _features(self, keys: Tensor, start: int) -> Tensor:
-        """What values are regressed on, fp32 [rows, n, F], of the tokens from ``start`` on whose restored keys these
-        are."""
-        return keys
+    def _newest_keys(self) -> Tensor:
+        """While held, those of the newest page."""
+        assert self.index is not None, "built without an index"
+        return self.index.newest_keys()
 
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
         rows, width, value_dim = self._geometry.rows, 1 + self._n_features, self._geometry.value_dim
@@ -87,7 +87,17 @@ class RegressionCompletion(Completion):
         self._n_tokens = self._fitted_tokens = 0
 
     def absorb(self, pages: Pages) -> None:
-        self._add(pages.values.flatten(1, 2).float(), pages.log_valid().flatten(1))
+        values = pages.values.flatten(1, 2).float()
+        start, self._n_tokens = self._n_tokens, self._n_tokens + values.shape[1]
+        keys = self._keys(start, self._n_tokens)
+        self._add(keys, keys, values, pages.log_valid().flatten(1))
+
+    def note(self) -> None:
+        self._n_tokens += self._geometry.page_size
+
+    def put(self, page: Pages) -> None:
+        keys = self._newest_keys()
+        self._add(keys, keys, page.values.flatten(1, 2).float(), page.log_valid().flatten(1))
 
     def refresh(self) -> None:
         if self._n_tokens and self._n_tokens >= self._fitted_tokens * _REFIT_GROWTH:
@@ -121,19 +131,17 @@ class RegressionCompletion(Completion):
     def resident_bytes(self) -> int:
         return tensor_bytes(self._map, self._moments, self._centre)
 
-    def _add(self, values: Tensor, log_valid: Tensor) -> None:
-        """Take the next tokens into the moments: values fp32 [rows, n, Dv], 0 or -inf [rows, n]."""
-        start, stop = self._n_tokens, self._n_tokens + values.shape[1]
-        keys = self._keys(start, stop)
-        features = self._features(keys, start)
-        self._centre_on(features, log_valid.exp())
+    def _add(self, keys: Tensor, features: Tensor, values: Tensor, log_valid: Tensor) -> None:
+        """Take tokens into the moments: restored keys fp32 [rows, n, D], what values are regressed on [rows, n, F],
+        values [rows, n, Dv], 0 or -inf [rows, n]."""
+        valid = log_valid.exp()
+        self._centre_on(features, valid)
         logits = (keys @ self._anchor[..., None])[..., 0] + log_valid
         self._rescale(torch.maximum(self._log_scale, logits.amax(-1)))
-        weights = torch.stack([log_valid.exp(), (logits - self._shift()[:, None]).exp()])
         x = torch.cat([torch.ones_like(features[..., :1]), features - self._centre], -1)
         both = torch.cat([x, values], -1)
-        self._moments += torch.stack([cross_sums(x * w[..., None], both) for w in weights])
-        self._n_tokens = stop
+        for moments, weights in zip(self._moments, (valid, (logits - self._shift()[:, None]).exp()), strict=True):
+            moments += cross_sums(x * weights[..., None], both)
 
     def _centre_on(self, features: Tensor, valid: Tensor) -> None:
         """The first run of a row with a token that counts says where its features are taken to lie."""
@@ -167,7 +175,7 @@ class RegressionCompletion(Completion):
     def _rescale(self, log_scale: Tensor) -> None:
         factor = (self._log_scale - log_scale.masked_fill(log_scale.isneginf(), 0.0)).exp()
         self._moments[1] *= factor[:, None, None]
-        self._log_scale = log_scale
+        self._log_scale.copy_(log_scale)
 
     def _fit(self) -> None:
         """Least squares from the moments; no host round trip."""

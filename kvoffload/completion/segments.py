@@ -12,7 +12,7 @@ import torch
 from kvoffload_kernels.completion.reference import SegmentSums, Slices, tilted_sums, what_is_left
 from torch import Tensor
 
-from kvoffload.buffers import tensor_bytes
+from kvoffload.buffers import Room, tensor_bytes
 from kvoffload.geometry import Geometry
 from kvoffload.values import Fetched, Pages
 
@@ -64,12 +64,29 @@ class Segments:
         self._shift = torch.zeros(self._rows, device=self._device)  # the same, 0 while nothing is there
         self._segment_pages = max(-(-n_pages // self._n_segments), 1)
         self._lengths = [0]  # pages of each segment in use
+        self._last = torch.zeros(1, dtype=torch.int64, device=self._device)  # the newest of them
+        self._room: Room | None = None
         self._ends = torch.full((self._n_segments,), _UNUSED, device=self._device)  # the page after each segment
 
     def absorb(self, pages: Pages) -> None:
         done = 0
         while done < pages.n_pages:
             done += self._absorb_into_last(pages, done)
+
+    def hold(self, room: Room | None) -> None:
+        self._room = room
+
+    def note(self) -> None:
+        """The host's part of an ``absorb`` of one page while held: a segment that has room for it."""
+        if self._lengths[-1] >= self._segment_pages:
+            self._open_segment()
+        self._lengths[-1] += 1
+
+    def put(self, page: Pages) -> None:
+        """The device's part."""
+        assert self._room is not None, "a page is put while held"
+        self._add(page)
+        self._ends.index_copy_(0, self._last, self._room.newest + 1)
 
     def without(self, fetched: Fetched, query: Tensor) -> Remainders:
         """The segments without the fetched slices, for queries [rows * Q, R, D]."""
@@ -117,24 +134,28 @@ class Segments:
         """Add pages from ``start`` on to the newest segment while it has room; returns how many."""
         if self._lengths[-1] >= self._segment_pages:
             self._open_segment()
-        last = len(self._lengths) - 1
         taken = pages.run(start, min(start + self._segment_pages - self._lengths[-1], pages.n_pages))
-        logits = torch.einsum("gd,gpsd->gps", self.anchor, taken.keys.float()) + taken.log_valid()
-        self._rescale(logits.flatten(1))
-        flat = taken.keys.flatten(1, 2), taken.values.flatten(1, 2), (logits - self._shift[:, None, None]).flatten(1)
-        sums = self._tilted(*flat)
-        self._mass[:, last] += sums[:, 0]
-        self._newest += sums[:, 1:]
-        self._sums[:, last] = self._newest.to(self._dtype)
-        self._counts[:, last] += taken.counts().sum(-1)
+        self._add(taken)
         self._lengths[-1] += taken.n_pages
-        self._ends[last : last + 1].fill_(sum(self._lengths))  # no host round trip, as an item assignment would make
+        self._ends.index_fill_(0, self._last, sum(self._lengths))
         return taken.n_pages
+
+    def _add(self, pages: Pages) -> None:
+        """Add pages to the newest segment."""
+        keys, values = pages.keys.flatten(1, 2), pages.values.flatten(1, 2)
+        logits = pages.masked((keys.float() @ self.anchor[..., None])[..., 0])
+        self._rescale(logits)
+        sums = self._tilted(keys, values, logits - self._shift[:, None])
+        self._mass.index_add_(1, self._last, sums[:, :1])
+        self._newest += sums[:, 1:]
+        self._sums.index_copy_(1, self._last, self._newest[:, None].to(self._dtype))
+        self._counts.index_add_(1, self._last, pages.counts().sum(-1, keepdim=True))
 
     def _open_segment(self) -> None:
         if len(self._lengths) == self._n_segments:
             self._merge_neighbours()
         self._lengths.append(0)
+        self._last.fill_(len(self._lengths) - 1)
         self._newest.zero_()
 
     def _merge_neighbours(self) -> None:

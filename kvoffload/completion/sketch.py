@@ -74,10 +74,6 @@ class SketchCompletion(RegressionCompletion):
     def _n_features(self) -> int:
         return self._geometry.key_dim + self._geometry.value_dim
 
-    def _features(self, keys: Tensor, start: int) -> Tensor:
-        assert self._rests is not None, "values are still waiting"
-        return torch.cat([keys, self._rests.keys(start, start + keys.shape[1]).to(keys.device)], -1)
-
     def _mean_features(self, query: Tensor, fetched: Fetched) -> Partial:
         assert self._rests is not None, "values are still waiting"
         assert self.index is not None, "built without an index"
@@ -113,6 +109,18 @@ class SketchCompletion(RegressionCompletion):
             self._waiting, self._waiting_valid = Growing(), Growing()
             self._start(values[:, :FIT_TOKENS], log_valid[:, :FIT_TOKENS])
             self._code(values, log_valid)
+
+    def note(self) -> None:
+        super().note()
+        assert self._rests is not None, "a page is put while held"
+        self._rests.note()
+
+    def put(self, page: Pages) -> None:
+        assert self._rests is not None, "a page is put while held"
+        keys, values = self._newest_keys(), page.values.flatten(1, 2).float()
+        self._rests.put(self._rest_pages(keys, values))
+        features = torch.cat([keys, self._rests.newest_keys()], -1)
+        self._add(keys, features, values, page.log_valid().flatten(1))
 
     def estimate(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
         if self._rests is None and len(self._waiting):
@@ -154,8 +162,13 @@ class SketchCompletion(RegressionCompletion):
     def _code(self, values: Tensor, log_valid: Tensor) -> None:
         """Code the next tokens' values, and take the tokens into the moments."""
         assert self._rests is not None, "coded before the first fit"
-        start = self._n_tokens
-        keys = self._keys(start, start + values.shape[1])
+        start, self._n_tokens = self._n_tokens, self._n_tokens + values.shape[1]
+        keys = self._keys(start, self._n_tokens)
+        self._rests.absorb(self._rest_pages(keys, values))
+        features = torch.cat([keys, self._rests.keys(start, self._n_tokens).to(keys.device)], -1)
+        self._add(keys, features, values, log_valid)
+
+    def _rest_pages(self, keys: Tensor, values: Tensor) -> Pages:
+        """What the first fit leaves of values [rows, n, Dv] with restored keys [rows, n, D], as a page's keys."""
         rests = values - (keys - self._first_centre) @ self._first_map[:, 1:] - self._first_map[:, :1]
-        self._rests.absorb(Pages(rests[:, None], rests[:, None], None))
-        self._add(values, log_valid)
+        return Pages(rests[:, None], rests[:, None], None)

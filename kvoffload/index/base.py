@@ -71,6 +71,18 @@ class KeyIndex(ABC):
         """From now on queries read tensors that stay where they are while pages come into the room; None ends that."""
         self.room = room
 
+    def note(self) -> None:
+        """The host's part of an ``absorb`` of one page while held; see ``Selector.note``."""
+        raise NotImplementedError
+
+    def put(self, page: Pages) -> None:
+        """The device's part."""
+        raise NotImplementedError
+
+    def newest_keys(self) -> Tensor:
+        """While held: ``keys`` of the room's newest page, fp32 [rows, S, D], the same work for every page."""
+        raise NotImplementedError
+
     def score(self, query: Tensor) -> Tensor:
         """``logits``, for the selector, which comes first in a step."""
         logits = self.logits(query)

@@ -13,7 +13,7 @@ from kvoffload.values import KeySample, Pages, Partial
 
 class QuantizedIndex(KeyIndex):
     """Groups of tokens are closed as they fill; the open one (less than a group) is also kept as it is and quantised
-    anew with every page, so that its tokens are in the index too."""
+    anew with every page, so that its tokens are in the index too. Statistics leave out what does not count."""
 
     def __init__(self, bits: int, group: int, device: torch.device) -> None:
         self.device = device
@@ -22,24 +22,25 @@ class QuantizedIndex(KeyIndex):
 
     def reset(self, sample: KeySample | None = None) -> None:
         self._codes, self._zero, self._step = Growing(), Growing(), Growing()
-        self._open_keys: Tensor | None = None  # tokens of the group that is not full yet, [rows, T, D]
-        self._open_valid: Tensor | None = None
+        self._open: Tensor | None = None  # [rows, T, D]; in front the tokens of the group that is not full yet
         self._padding = Padding()
         self.n_tokens, self.room = 0, None
 
     def absorb(self, pages: Pages) -> None:
         pages = pages.to(self.device)
         self._padding.absorb(pages)
-        keys = pages.keys.flatten(1, 2)
-        valid = torch.ones_like(keys[..., 0], dtype=torch.bool) if pages.valid is None else pages.valid.flatten(1, 2)
-        self.n_tokens += keys.shape[1]
-        if self._open_keys is not None and self._open_valid is not None:
-            keys, valid = torch.cat([self._open_keys, keys], 1), torch.cat([self._open_valid, valid], 1)
-            for buffer in (self._codes, self._zero, self._step):
-                buffer.truncate(len(buffer) - 1)
-        closed = keys.shape[1] // self._group * self._group
-        self._quantise(keys[:, :closed], valid[:, :closed])
-        self._set_open(keys[:, closed:], valid[:, closed:])
+        keys, n_open = pages.keys.flatten(1, 2), self.n_tokens % self._group
+        first, self.n_tokens = self.n_tokens - n_open, self.n_tokens + keys.shape[1]
+        if self._open is not None and n_open:
+            keys = torch.cat([self._open[:, :n_open], keys], 1)
+            for buffer in self._buffers:
+                buffer.truncate(first // self._group)
+        n_closed = keys.shape[1] // self._group * self._group
+        self._open = F.pad(keys[:, n_closed:], (0, 0, 0, self._group - keys.shape[1] + n_closed))
+        if n_closed:
+            self._append(keys[:, :n_closed], first)
+        if n_closed < keys.shape[1]:
+            self._append(self._open, first + n_closed)
 
     def logits(self, query: Tensor) -> Tensor:
         return self._padding.mask(score_tokens(query, *self._groups(), self._bits)[..., : self.span])
@@ -67,8 +68,37 @@ class QuantizedIndex(KeyIndex):
 
     def hold(self, room: Room | None) -> None:
         super().hold(room)
-        for buffer in (self._codes, self._zero, self._step):
+        for buffer in self._buffers:
             buffer.hold(None if room is None else -(-room.n_tokens // self._group))
+
+    def note(self) -> None:
+        assert self.room is not None, "a page is put while held"
+        self.n_tokens += self.room.page_size
+        for buffer in self._buffers:
+            buffer.count(-(-self.n_tokens // self._group))
+
+    def put(self, page: Pages) -> None:
+        assert self.room is not None, "a page is put while held"
+        assert self._open is not None, "held with pages"
+        self._padding.absorb(page)
+        self._open.index_copy_(1, self.room.tokens % self._group, page.keys.flatten(1, 2))
+        group = self._newest_group()
+        tokens = group * self._group + torch.arange(self._group, device=self.device)
+        parts = self._quantised(self._open, self._valid(tokens) & (tokens <= self.room.tokens[-1]))
+        for buffer, part in zip(self._buffers, parts, strict=True):
+            buffer.put(group, part)
+
+    def newest_keys(self) -> Tensor:
+        assert self.room is not None, "a page is put while held"
+        group = self._newest_group()
+        codes, zero, step = (part.index_select(1, group) for part in self._groups())
+        restored = restore(codes, zero, step, self._bits)
+        return restored.flatten(1, 2).index_select(1, self.room.tokens % self._group)
+
+    def _newest_group(self) -> Tensor:
+        """The group of the room's newest page, int64 [1]."""
+        assert self.room is not None, "a page is put while held"
+        return self.room.tokens[:1] // self._group
 
     def keys(self, start: int, stop: int) -> Tensor:
         first = start // self._group
@@ -87,17 +117,24 @@ class QuantizedIndex(KeyIndex):
 
     @property
     def resident_bytes(self) -> int:
-        return self.index_bytes + (0 if self._open_keys is None else tensor_bytes(self._open_keys))
+        return self.index_bytes + (0 if self._open is None else tensor_bytes(self._open))
 
-    def _set_open(self, keys: Tensor, valid: Tensor) -> None:
-        n_tokens = keys.shape[1]
-        self._open_keys, self._open_valid = (keys.clone(), valid.clone()) if n_tokens else (None, None)
-        if n_tokens:
-            missing = (0, self._group - n_tokens)
-            self._quantise(F.pad(keys, (0, 0, *missing)), F.pad(valid, missing))
+    @property
+    def _buffers(self) -> tuple[Growing, Growing, Growing]:
+        return self._codes, self._zero, self._step
 
-    def _quantise(self, keys: Tensor, valid: Tensor) -> None:
-        groups = (-1, self._group)
-        parts = quantise(keys.unflatten(1, groups), valid.unflatten(1, groups), self._bits)
-        for buffer, part in zip((self._codes, self._zero, self._step), parts, strict=True):
+    def _append(self, keys: Tensor, first: int) -> None:
+        """Quantise whole groups [rows, n * T, D] of tokens from ``first`` on, of which those up to ``n_tokens`` are."""
+        tokens = torch.arange(first, first + keys.shape[1], device=self.device)
+        parts = self._quantised(keys, self._valid(tokens) & (tokens < self.n_tokens))
+        for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.append(part)
+
+    def _valid(self, tokens: Tensor) -> Tensor:
+        """Which of these tokens, int64 [n], are no padding, bool [rows or 1, n]."""
+        missing = self._padding.missing
+        return tokens[None] >= (0 if missing is None else missing[:, None])
+
+    def _quantised(self, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups = (-1, self._group)
+        return quantise(keys.unflatten(1, groups), valid.unflatten(1, groups), self._bits)

@@ -61,7 +61,7 @@ class TransformIndex(KeyIndex):
             keys, self._raw = self._raw.view, Growing()
             valid = self._padding.valid(FIT_TOKENS)
             self._code = self._fit(KeySample(keys[:, :FIT_TOKENS], None if valid is None else valid[:, 0]))
-        self._codes.append(encode(keys, self._code.mean, self._code.analysis, self._code.levels))
+        self._codes.append(self._encoded(keys))
 
     def logits(self, query: Tensor) -> Tensor:
         if self._code is None:
@@ -106,6 +106,20 @@ class TransformIndex(KeyIndex):
         super().hold(room)
         self._codes.hold(None if room is None else room.n_tokens)
 
+    def note(self) -> None:
+        assert self.room is not None, "a page is put while held"
+        self.n_tokens += self.room.page_size
+        self._codes.count(self.n_tokens)
+
+    def put(self, page: Pages) -> None:
+        assert self.room is not None, "a page is put while held"
+        self._padding.absorb(page)
+        self._codes.put(self.room.tokens, self._encoded(page.keys.flatten(1, 2)))
+
+    def newest_keys(self) -> Tensor:
+        assert self.room is not None, "a page is put while held"
+        return self._restored(self._codes.view.index_select(1, self.room.tokens))
+
     def _coded(self) -> tuple[Tensor, Tensor, Tensor, Levels]:
         assert self._code is not None, "only coded keys are scored by their codes"
         return self._codes.view, self._code.mean, self._code.synthesis, self._code.levels
@@ -113,8 +127,7 @@ class TransformIndex(KeyIndex):
     def keys(self, start: int, stop: int) -> Tensor:
         if self._code is None:
             return self._raw.view[:, start:stop].float()
-        levels = decode_transform(self._codes.view[:, start:stop], self._code.levels)
-        return levels @ self._code.synthesis.float().transpose(-1, -2) + self._code.mean.float()[:, None]
+        return self._restored(self._codes.view[:, start:stop])
 
     @property
     def index_bytes(self) -> int:
@@ -124,6 +137,17 @@ class TransformIndex(KeyIndex):
     @property
     def resident_bytes(self) -> int:
         return self.index_bytes + (0 if self._code is None else tensor_bytes(self._code.analysis))
+
+    def _encoded(self, keys: Tensor) -> Tensor:
+        """Codes uint8 [rows, n, bytes] of keys [rows, n, D]."""
+        assert self._code is not None, "only a fitted transform encodes"
+        return encode(keys, self._code.mean, self._code.analysis, self._code.levels)
+
+    def _restored(self, codes: Tensor) -> Tensor:
+        """Keys fp32 [rows, n, D] of codes [rows, n, bytes]."""
+        assert self._code is not None, "only a fitted transform has codes"
+        channels = decode_transform(codes, self._code.levels)
+        return channels @ self._code.synthesis.float().transpose(-1, -2) + self._code.mean.float()[:, None]
 
     def _fit(self, sample: KeySample) -> _Code:
         sample = sample.to(self.device)

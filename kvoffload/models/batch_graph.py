@@ -69,7 +69,7 @@ class BatchSteps:
             if not StepGraph.possible(cache):
                 continue
             if cache not in self._fixed:
-                self._fixed[cache] = FixedSteps(cache.offloaded, room_tokens=self._room_tokens)
+                self._fixed[cache] = FixedSteps(cache.offloaded, room_tokens=self._room_tokens, capture=self._capture)
                 self._numbers[cache] = next(self._count)
             try:
                 if self._fixed[cache].advance():

@@ -43,7 +43,7 @@ class StepGraph:
     ) -> None:  # fmt: skip
         self._model, self.cache, self._glue = model, cache, glue
         self._repeats: Repeats[Stepped] = Repeats(capture)
-        self._steps = FixedSteps(cache.offloaded, room_tokens=room_tokens)
+        self._steps = FixedSteps(cache.offloaded, room_tokens=room_tokens, capture=capture)
         shape = (cache.offloaded[0].geometry.n_sequences, 1)
         self._ids, self._positions = (torch.zeros(shape, dtype=torch.int64, device=model.device) for _ in range(2))
 

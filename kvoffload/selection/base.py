@@ -50,7 +50,16 @@ class Selector(ABC):
 
     def hold(self, room: Room | None) -> None:
         """From now on ``score`` gives ``room.n_pages`` scores, -inf where no page is, and reads tensors that stay where
-        they are while pages come into the room; None ends that, as a reset does."""
+        they are while pages come into the room, each by ``note`` and ``put``; None ends that, as a reset does."""
+        raise NotImplementedError
+
+    def note(self) -> None:
+        """The host's part of an ``absorb`` of one page while held: count it. Comes before ``put``."""
+        raise NotImplementedError
+
+    def put(self, page: Pages) -> None:
+        """The device's part: the same work on the same tensors for every page, so that it can be replayed; it is the
+        ``newest`` of the room, whose places say where it goes."""
         raise NotImplementedError
 
     @property

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import Growing, Room
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector, SelectorConfigBase
+from kvoffload.selection.digests import DigestSelector
 from kvoffload.values import Pages
 
 
@@ -25,36 +25,19 @@ class BoundsSelectorConfig(SelectorConfigBase):
         return n_tokens // page_size * 2 * key_dim * itemsize
 
 
-class BoundsSelector(Selector):
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.reset(torch.empty(0))
+class BoundsSelector(DigestSelector):
+    """The minimum and the maximum of each page."""
 
-    def reset(self, anchor: Tensor) -> None:
-        self._low, self._high = Growing(), Growing()
-        self._room: Room | None = None
+    n_digests = 2
 
-    def absorb(self, pages: Pages) -> None:
-        keys = pages.keys.to(self.device)
-        outside = None if pages.valid is None else ~pages.valid.to(self.device)[..., None]
-        big = torch.finfo(keys.dtype).max
-        self._low.append((keys if outside is None else keys.masked_fill(outside, big)).amin(2))
-        self._high.append((keys if outside is None else keys.masked_fill(outside, -big)).amax(2))
+    def digest(self, pages: Pages) -> tuple[Tensor, ...]:
+        keys = pages.keys
+        if pages.valid is None:
+            return keys.amin(2), keys.amax(2)
+        outside, big = ~pages.valid[..., None], torch.finfo(keys.dtype).max
+        return keys.masked_fill(outside, big).amin(2), keys.masked_fill(outside, -big).amax(2)
 
     def score(self, query: Tensor) -> Tensor:
-        high, low = self._high.view.float(), self._low.view.float()
-        scores = query.clamp_min(0) @ high.transpose(-1, -2) + query.clamp_max(0) @ low.transpose(-1, -2)
-        return scores if self._room is None else self._room.bound(scores)
-
-    @property
-    def can_hold(self) -> bool:
-        return len(self._low) > 0
-
-    def hold(self, room: Room | None) -> None:
-        self._room = room
-        for buffer in (self._low, self._high):
-            buffer.hold(None if room is None else room.n_pages)
-
-    @property
-    def index_bytes(self) -> int:
-        return self._low.used_bytes + self._high.used_bytes
+        low, high = (digest.float().transpose(-1, -2) for digest in self.digests)
+        scores = query.clamp_min(0) @ high + query.clamp_max(0) @ low
+        return scores if self.room is None else self.room.bound(scores)

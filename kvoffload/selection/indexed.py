@@ -36,6 +36,12 @@ class IndexedSelector(Selector):
     def hold(self, room: Room | None) -> None:
         self.index.hold(room)
 
+    def note(self) -> None:
+        self.index.note()
+
+    def put(self, page: Pages) -> None:
+        self.index.put(page)
+
     @property
     def index_bytes(self) -> int:
         return self.index.index_bytes

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import Growing, Room
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector, SelectorConfigBase
+from kvoffload.selection.digests import DigestSelector
 from kvoffload.values import Pages
 
 
@@ -24,36 +24,18 @@ class MeanSelectorConfig(SelectorConfigBase):
         return n_tokens // page_size * (key_dim + 1) * 4
 
 
-class MeanSelector(Selector):
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.reset(torch.empty(0))
+class MeanSelector(DigestSelector):
+    """The mean of each page, and the log of the number of its tokens."""
 
-    def reset(self, anchor: Tensor) -> None:
-        self._means, self._log_counts = Growing(), Growing()
-        self._room: Room | None = None
+    n_digests = 2
 
-    def absorb(self, pages: Pages) -> None:
-        pages = pages.to(self.device)
+    def digest(self, pages: Pages) -> tuple[Tensor, ...]:
         weights = pages.log_valid().exp()
         counts = weights.sum(-1)
         total = (weights[..., None, :] @ pages.keys.float())[..., 0, :]
-        self._means.append(total / counts.clamp_min(1)[..., None])
-        self._log_counts.append(counts.log())
+        return total / counts.clamp_min(1)[..., None], counts.log()
 
     def score(self, query: Tensor) -> Tensor:
-        scores = query @ self._means.view.transpose(-1, -2) + self._log_counts.view[:, None]
-        return scores if self._room is None else self._room.bound(scores)
-
-    @property
-    def can_hold(self) -> bool:
-        return len(self._means) > 0
-
-    def hold(self, room: Room | None) -> None:
-        self._room = room
-        for buffer in (self._means, self._log_counts):
-            buffer.hold(None if room is None else room.n_pages)
-
-    @property
-    def index_bytes(self) -> int:
-        return self._means.used_bytes + self._log_counts.used_bytes
+        means, log_counts = self.digests
+        scores = query @ means.transpose(-1, -2) + log_counts[:, None]
+        return scores if self.room is None else self.room.bound(scores)

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvoffload.buffers import Growing, Room
 from kvoffload.geometry import Geometry
 from kvoffload.selection.base import Selector, SelectorConfigBase
+from kvoffload.selection.digests import DigestSelector
 from kvoffload.values import Pages
 
 _GOLDEN = 0.6180339887498949
@@ -28,34 +28,21 @@ class UniformSelectorConfig(SelectorConfigBase):
         return 0
 
 
-class UniformSelector(Selector):
+class UniformSelector(DigestSelector):
     """Ranks pages by the golden-ratio sequence, whose first K terms are spread evenly for every K.
 
-    The ranks are scaled far beyond any log mass, so that neither anchors nor heads weigh in.
+    The ranks are scaled far beyond any log mass, so that neither anchors nor heads weigh in. Tokens are counted only to
+    tell pages of padding, and where no page is none count; no selector needs that for anything else.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.reset(torch.empty(0))
-
-    def reset(self, anchor: Tensor) -> None:
-        self._counts = Growing()  # only to tell pages of padding; no selector needs it for anything else
-
-    def absorb(self, pages: Pages) -> None:
-        self._counts.append(pages.counts().to(self.device))
+    def digest(self, pages: Pages) -> tuple[Tensor, ...]:
+        return (pages.counts(),)
 
     def score(self, query: Tensor) -> Tensor:
-        counts = self._counts.view
+        (counts,) = self.digests
         rank = (torch.arange(counts.shape[1], device=query.device, dtype=torch.float64) * _GOLDEN).frac().float()
         scores = (_FAR * rank).expand_as(counts).masked_fill(counts == 0, -torch.inf)
         return scores[:, None].expand(-1, query.shape[1], -1)
-
-    @property
-    def can_hold(self) -> bool:
-        return len(self._counts) > 0
-
-    def hold(self, room: Room | None) -> None:
-        self._counts.hold(None if room is None else room.n_pages)  # where no page is, no token counts
 
     @property
     def index_bytes(self) -> int:

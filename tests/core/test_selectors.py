@@ -208,7 +208,7 @@ def test_a_quantized_group_is_never_shorter_than_a_page():
 def test_the_open_group_is_kept_beside_the_index():
     shape = geometry()
     selector = built(QuantizedSelectorConfig(), shape, random_pages(shape, 18))
-    assert selector.resident_bytes - selector.index_bytes == shape.rows * 8 * shape.key_dim * 4  # 72 tokens, 8 open
+    assert selector.resident_bytes - selector.index_bytes == shape.rows * 64 * shape.key_dim * 4
 
 
 def test_a_group_that_is_no_power_of_two_is_refused():

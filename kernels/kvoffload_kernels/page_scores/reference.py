@@ -15,13 +15,14 @@ def quantise(keys: Tensor, valid: Tensor | None, bits: int) -> tuple[Tensor, Ten
     """Codes, zero points and steps of keys [..., T, D], one group along T: uint8 [..., T, D * bits / 8], fp16 [...,
     D] x 2.
 
-    A key is restored as ``zero + code * step``. ``valid`` bool [..., T] keeps tokens out of the statistics.
+    A key is restored as ``zero + code * step``. ``valid`` bool [..., T] (or of one row for all) keeps tokens out of the
+    statistics.
     """
     x = keys.float()
     mask = torch.ones_like(x[..., :1], dtype=torch.bool) if valid is None else valid[..., None]
     zero, step = _one_bit(x, mask) if bits == 1 else _uniform(x, mask, bits)
     zero, step = zero.half(), step.clamp_min(1e-7).half()
-    codes = ((x - zero.float()[..., None, :]) / step.float().clamp_min(1e-7)[..., None, :]).round()
+    codes = ((x - zero.float()[..., None, :]) / step.float()[..., None, :]).round()  # 1e-7 is no zero in fp16
     return _pack(codes.nan_to_num(0.0).clamp(0, 2**bits - 1).to(torch.uint8), bits), zero, step
 
 
@@ -43,10 +44,9 @@ def _uniform(x: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    planes = codes.chunk(8 // bits, dim=-1)
-    packed = torch.zeros_like(planes[0])
-    for i, plane in enumerate(planes):
-        packed |= plane << (i * bits)
+    packed, *planes = codes.chunk(8 // bits, dim=-1)
+    for i, plane in enumerate(planes, 1):
+        packed = packed | plane << (i * bits)
     return packed
 
 
