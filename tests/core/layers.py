@@ -16,17 +16,23 @@ PAGE = 4
 PAIRS = pairs()
 
 
-def new_layer(shape, tier="cpu", wrap=lambda store: store, **fields):
+def new_layer(shape, **fields):
+    return new_layers(1, shape, **fields)[0]
+
+
+def new_layers(n, shape, tier="cpu", wrap=lambda store: store, **fields):
+    """The layers of one cache."""
     settings = RuntimeConfig(**({"sinks": 4, "recent": 8, "page_size": PAGE, "budget": "20%"} | fields))
-    sizes = StoreShape(1, shape.rows, shape.slice_bytes)
+    sizes = StoreShape(n, shape.rows, shape.slice_bytes)
     store = wrap(FileStore(None, sizes, n_threads=2) if tier == "nvme" else MemoryStore(sizes, tier=tier))
     empty = torch.zeros(shape.rows, 0, shape.key_dim), torch.zeros(shape.rows, 0, shape.value_dim)
     staging = Staging(shape.slice_bytes, CPU)
-    return build_layer(settings, shape, store, 0, model_layer=0, staging=staging, keys=empty[0], values=empty[1])
+    options = {"staging": staging, "keys": empty[0], "values": empty[1]}
+    return [build_layer(settings, shape, store, i, model_layer=i, **options) for i in range(n)]
 
 
-def tokens(shape, n):
-    generator = torch.Generator().manual_seed(0)
+def tokens(shape, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     heads = torch.randn(shape.rows, shape.group_size, n, shape.key_dim, generator=generator)
     return heads, *(torch.randn(shape.rows, n, d, generator=generator) for d in (shape.key_dim, shape.value_dim))
 
@@ -46,4 +52,4 @@ def step(layer, query, keys, values, run):
     return both.unflatten(0, (layer.geometry.rows, -1)).transpose(1, 2)
 
 
-__all__ = ["CPU", "PAGE", "PAIRS", "geometry", "new_layer", "step", "take_in", "tokens"]
+__all__ = ["CPU", "PAGE", "PAIRS", "geometry", "new_layer", "new_layers", "step", "take_in", "tokens"]
