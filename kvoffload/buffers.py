@@ -67,6 +67,10 @@ class Growing:
         assert self._data is not None, "nothing was appended yet"
         self._data.index_copy_(1, at, rows)
 
+    def take(self, at: Tensor) -> Tensor:
+        """The entries in these places, int64 [k] where they lie: [rows, k, ...], a copy."""
+        return self.view.index_select(1, at)
+
     def count(self, length: int) -> None:
         """While held: there are so many entries now."""
         self._length = length

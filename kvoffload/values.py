@@ -85,6 +85,14 @@ class Pages:
     def n_pages(self) -> int:
         return self.keys.shape[1]
 
+    @staticmethod
+    def of_all(parts: Sequence["Pages"]) -> "Pages":
+        """The pages of several layers, their rows below each other; copies where there are several."""
+        if len(parts) == 1:
+            return parts[0]
+        valid = None if parts[0].valid is None else torch.cat([p.valid for p in parts if p.valid is not None])
+        return Pages(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]), valid)
+
     def run(self, start: int, stop: int) -> "Pages":
         """Pages start .. stop - 1 of these."""
         valid = None if self.valid is None else self.valid[:, start:stop]

@@ -60,7 +60,8 @@ class FixedSteps:
     def __init__(
         self, layers: Sequence[LayerCache], *, room_tokens: int = ROOM_TOKENS, capture: Capture | None = None
     ) -> None:
-        self._layers, self._sealing = layers, Sealing(layers, capture)
+        self._layers, self._capture = layers, capture
+        self._sealing: Sealing | None = None
         self._bucket = max(room_tokens // layers[0].geometry.page_size, 1)
         self.version = 0
         self._room = Room(0, layers[0].geometry.page_size, torch.device("cpu"))
@@ -88,7 +89,8 @@ class FixedSteps:
         starts = [layer.anchors.count() for layer in self._layers]
         self._tell(n_pages)
         if starts[0] is not None:
-            self._sealing.seal(starts[0], self._room, self.version)
+            assert self._sealing is not None, "steps are fixed"
+            self._sealing.seal(starts[0])
         for layer in self._layers:
             layer.completion.refresh()
         return True
@@ -134,6 +136,7 @@ class FixedSteps:
             query = torch.zeros(shape.rows, shape.group_size, shape.key_dim, device=device)
             wanted = None if now == longest else self._wanted[i]
             layer.fix(Fixed(self._room, self._place, self._seen, longest.n_slices // shape.n_sequences, wanted, query))
+        self._sealing = Sealing(self._layers, self._room, self._capture)
         self._parts = [(layer.fixed, layer.selector, layer.completion) for layer in self._layers]
         self.version += 1
         return True

@@ -41,6 +41,7 @@ class AnchoredCompletionConfig(OffsetsConfigBase):
 
 class AnchoredCompletion(Completion):
     uses_anchor = True
+    row_state = ("_segments",)
 
     def __init__(self, segments: Segments) -> None:
         self._segments = segments

@@ -12,6 +12,7 @@ from kvoffload.buffers import Room
 from kvoffload.completion.calibrated import CalibrationFile
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
+from kvoffload.rows import Rowwise
 from kvoffload.values import Fetched, Pages, Partial, Parts
 
 
@@ -21,7 +22,7 @@ def per_query(state: Tensor, query: Tensor) -> Tensor:
     return state if n_queries == 1 else state.repeat_interleave(n_queries, 0)
 
 
-class Completion(ABC):
+class Completion(Rowwise, ABC):
     """The remainder of one layer. Pages come in order, each once; queries are fp32 [rows * Q, R, D], already scaled:
     the Q queries of row g are g * Q .. g * Q + Q - 1 ("query rows"; Q = 1 when generating)."""
 
@@ -44,7 +45,7 @@ class Completion(ABC):
     def absorb(self, pages: Pages) -> None:
         """Take in the next sealed pages; the tensors are not kept."""
 
-    def refresh(self) -> None:  # noqa: B027 - most have nothing that lags behind
+    def refresh(self) -> None:
         """What an estimate does about the pages so far before it answers; one that is restored repeats it."""
 
     @abstractmethod
@@ -65,11 +66,11 @@ class Completion(ABC):
         change in place, scores and index held in room, and right after a ``refresh`` does nothing else."""
         return False
 
-    def hold(self, room: Room | None) -> None:  # noqa: B027 - most keep nothing for each token
+    def hold(self, room: Room | None) -> None:
         """From now on what there is of each token stays where it is while pages come into the room, in which scores and
         index are held too, each by ``note`` and ``put``; None ends that."""
 
-    def note(self) -> None:  # noqa: B027 - most count nothing
+    def note(self) -> None:
         """The host's part of an ``absorb`` of one page while held: count it, and make place for it. Comes before
         ``put``."""
 

@@ -31,6 +31,7 @@ class MeanValueCompletionConfig(CompletionConfigBase):
 
 class MeanValueCompletion(Completion):
     uses_scores = True
+    row_state = ("_sums",)
 
     def __init__(self, geometry: Geometry, device: torch.device) -> None:
         self._geometry, self._device = geometry, device

@@ -17,6 +17,8 @@ from kvoffload.values import Fetched, Pages, Partial, Parts
 class OffsetCompletion(Completion):
     """The inner completion's estimate with its mass times e^offset, offset fp32 [rows, R]."""
 
+    row_state = ("_inner",)
+
     def __init__(self, inner: Completion, offset: Tensor) -> None:
         self._inner, self._offset = inner, offset
         self.uses_scores, self.uses_anchor = inner.uses_scores, inner.uses_anchor

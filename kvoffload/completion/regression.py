@@ -55,6 +55,7 @@ class RegressionCompletion(Completion):
     queries look the fit must hold, and elsewhere it must not run wild."""
 
     uses_scores, uses_anchor = True, True
+    row_state: ClassVar[tuple[str, ...]] = ("index", "_anchor", "_centre", "_log_scale", "_moments")
 
     def __init__(self, ridge: float, geometry: Geometry, device: torch.device) -> None:
         self._ridge, self._geometry, self._device = ridge, geometry, device
@@ -82,7 +83,8 @@ class RegressionCompletion(Completion):
         self._centre = torch.zeros(rows, 1, self._n_features, device=self._device)
         self._log_scale = torch.full((rows,), -torch.inf, device=self._device)
         # sums over tokens of w x^T (x, v) with x = (1, features - centre), for w = 1 and w = e^(q0 . k - log_scale)
-        self._moments = torch.zeros(2, rows, width, width + value_dim, device=self._device)
+        moments = torch.zeros(2, rows, width, width + value_dim, device=self._device)
+        self._moments = moments[0], moments[1]
         self._map = torch.zeros(rows, width, value_dim, device=self._device)
         self._n_tokens = self._fitted_tokens = 0
 
@@ -129,7 +131,7 @@ class RegressionCompletion(Completion):
 
     @property
     def resident_bytes(self) -> int:
-        return tensor_bytes(self._map, self._moments, self._centre)
+        return tensor_bytes(self._map, *self._moments, self._centre)
 
     def _add(self, keys: Tensor, features: Tensor, values: Tensor, log_valid: Tensor) -> None:
         """Take tokens into the moments: restored keys fp32 [rows, n, D], what values are regressed on [rows, n, F],
@@ -141,13 +143,13 @@ class RegressionCompletion(Completion):
         x = torch.cat([torch.ones_like(features[..., :1]), features - self._centre], -1)
         both = torch.cat([x, values], -1)
         for moments, weights in zip(self._moments, (valid, (logits - self._shift()[:, None]).exp()), strict=True):
-            moments += cross_sums(x * weights[..., None], both)
+            moments.add_(cross_sums(x * weights[..., None], both))
 
     def _centre_on(self, features: Tensor, valid: Tensor) -> None:
         """The first run of a row with a token that counts says where its features are taken to lie."""
         counts = valid.sum(1)[:, None, None]
         mean = (features * valid[..., None]).sum(1, keepdim=True) / counts.clamp_min(1)
-        fresh = (self._moments[0, :, :1, :1] == 0) & (counts > 0)
+        fresh = (self._moments[0][:, :1, :1] == 0) & (counts > 0)
         self._centre.copy_(torch.where(fresh, mean, self._centre))
 
     def _mean_features(self, query: Tensor, fetched: Fetched) -> Partial:
@@ -174,15 +176,15 @@ class RegressionCompletion(Completion):
 
     def _rescale(self, log_scale: Tensor) -> None:
         factor = (self._log_scale - log_scale.masked_fill(log_scale.isneginf(), 0.0)).exp()
-        self._moments[1] *= factor[:, None, None]
+        self._moments[1].mul_(factor[:, None, None])
         self._log_scale.copy_(log_scale)
 
     def _fit(self) -> None:
         """Least squares from the moments; no host round trip."""
         self._fitted_tokens = self._n_tokens
         tiny = torch.finfo(torch.float32).tiny
-        moments = (self._moments / self._moments[..., :1, :1].clamp_min(tiny)).mean(0)
-        self._map.copy_(least_squares(moments, self._ridge))
+        plain, tilted = (moments / moments[:, :1, :1].clamp_min(tiny) for moments in self._moments)
+        self._map.copy_(least_squares((plain + tilted) / 2, self._ridge))
 
 
 def least_squares(moments: Tensor, ridge: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvoffload.buffers import Room, tensor_bytes
 from kvoffload.geometry import Geometry
+from kvoffload.rows import Rowwise
 from kvoffload.values import Fetched, Pages
 
 _UNUSED = torch.iinfo(torch.int64).max
@@ -31,7 +32,7 @@ class Remainders:
     values: Tensor
 
 
-class Segments:
+class Segments(Rowwise):
     """A prefill's pages are shared out evenly. While generating, the newest segment takes pages until it is as long
     as those; then the two neighbours with the fewest pages merge (sums just add) to make room for the next one.
 
@@ -39,6 +40,8 @@ class Segments:
     rounded once; with a 16-bit ``dtype`` the scale c only takes powers of two, so that a new one rounds nothing.
     Without ``keep_keys`` D is 0.
     """
+
+    row_state = ("anchor", "_mass", "_counts", "_sums", "_newest", "_log_scale", "_shift", "_ends")
 
     def __init__(
         self,
@@ -73,6 +76,10 @@ class Segments:
         while done < pages.n_pages:
             done += self._absorb_into_last(pages, done)
 
+    @property
+    def host_state(self) -> object:
+        return self._segment_pages, tuple(self._lengths)
+
     def hold(self, room: Room | None) -> None:
         self._room = room
 
@@ -86,7 +93,8 @@ class Segments:
         """The device's part."""
         assert self._room is not None, "a page is put while held"
         self._add(page)
-        self._ends.index_copy_(0, self._last, self._room.newest + 1)
+        ends = self._ends.view(-1, self._n_segments)
+        ends.index_copy_(1, self._last, (self._room.newest + 1).expand(len(ends), 1))
 
     def without(self, fetched: Fetched, query: Tensor) -> Remainders:
         """The segments without the fetched slices, for queries [rows * Q, R, D]."""

@@ -66,6 +66,8 @@ class SketchCompletion(RegressionCompletion):
     """The first ``FIT_TOKENS`` tokens wait, with their values as they are, for the fit that the codes need. Codes lie
     where the index does."""
 
+    row_state = (*RegressionCompletion.row_state, "_first_map", "_first_centre", "_rests")
+
     def __init__(self, bits: float, ridge: float, geometry: Geometry, device: torch.device) -> None:
         self._bits = bits
         super().__init__(ridge, geometry, device)

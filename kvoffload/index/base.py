@@ -8,10 +8,11 @@ from kvoffload_kernels.page_scores.reference import mask_pages, page_masses
 from torch import Tensor
 
 from kvoffload.buffers import Room
+from kvoffload.rows import Rowwise
 from kvoffload.values import KeySample, Pages, Partial
 
 
-class KeyIndex(ABC):
+class KeyIndex(Rowwise, ABC):
     """Approximate keys of one layer, N tokens in order. Pages come in order, each once; queries are fp32 [rows, H, D],
     already scaled."""
 
@@ -141,8 +142,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return same_memory or (a.device.type == "cpu" and torch.equal(a, b))  # two copies of one in another memory
 
 
-class Padding:
+class Padding(Rowwise):
     """How many tokens at the front of each row do not count, learnt from the pages."""
+
+    row_state = ("_missing",)
 
     def __init__(self) -> None:
         self._missing: Tensor | None = None  # int64 [rows, 1, 1]

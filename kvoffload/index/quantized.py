@@ -15,6 +15,8 @@ class QuantizedIndex(KeyIndex):
     """Groups of tokens are closed as they fill; the open one (less than a group) is also kept as it is and quantised
     anew with every page, so that its tokens are in the index too. Statistics leave out what does not count."""
 
+    row_state = ("_codes", "_zero", "_step", "_open", "_padding")
+
     def __init__(self, bits: int, group: int, device: torch.device) -> None:
         self.device = device
         self._bits, self._group = bits, group
@@ -84,14 +86,14 @@ class QuantizedIndex(KeyIndex):
         self._open.index_copy_(1, self.room.tokens % self._group, page.keys.flatten(1, 2))
         group = self._newest_group()
         tokens = group * self._group + torch.arange(self._group, device=self.device)
-        parts = self._quantised(self._open, self._valid(tokens) & (tokens <= self.room.tokens[-1]))
+        parts = self._quantised(self._open, self._valid(tokens, tokens <= self.room.tokens[-1]))
         for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.put(group, part)
 
     def newest_keys(self) -> Tensor:
         assert self.room is not None, "a page is put while held"
         group = self._newest_group()
-        codes, zero, step = (part.index_select(1, group) for part in self._groups())
+        codes, zero, step = (buffer.take(group) for buffer in self._buffers)
         restored = restore(codes, zero, step, self._bits)
         return restored.flatten(1, 2).index_select(1, self.room.tokens % self._group)
 
@@ -126,14 +128,14 @@ class QuantizedIndex(KeyIndex):
     def _append(self, keys: Tensor, first: int) -> None:
         """Quantise whole groups [rows, n * T, D] of tokens from ``first`` on, of which those up to ``n_tokens`` are."""
         tokens = torch.arange(first, first + keys.shape[1], device=self.device)
-        parts = self._quantised(keys, self._valid(tokens) & (tokens < self.n_tokens))
+        parts = self._quantised(keys, self._valid(tokens, tokens < self.n_tokens))
         for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.append(part)
 
-    def _valid(self, tokens: Tensor) -> Tensor:
-        """Which of these tokens, int64 [n], are no padding, bool [rows or 1, n]."""
+    def _valid(self, tokens: Tensor, known: Tensor) -> Tensor:
+        """Which of these tokens, int64 [n], are ``known``, bool [n], and no padding: bool [rows or 1, n]."""
         missing = self._padding.missing
-        return tokens[None] >= (0 if missing is None else missing[:, None])
+        return known[None] if missing is None else known & (tokens >= missing[:, None])
 
     def _quantised(self, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         groups = (-1, self._group)

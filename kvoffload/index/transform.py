@@ -15,14 +15,15 @@ from torch import Tensor
 
 from kvoffload.buffers import Growing, Room, tensor_bytes
 from kvoffload.index.base import KeyIndex, Padding
+from kvoffload.rows import Rowwise
 from kvoffload.values import KeySample, Pages, Partial
 
 FIT_TOKENS = 512
 """With a sample of fewer keys, or none, keys stay as they are until there are so many of them."""
 
 
-@dataclass(frozen=True)
-class _Code:
+@dataclass
+class _Code(Rowwise):
     """A fitted transform: mean [rows, D] fp16, analysis fp32 and synthesis fp16 [rows, D, D'] with D' the channels that
     have bits, and their levels; scoring reads all but the analysis."""
 
@@ -30,11 +31,14 @@ class _Code:
     analysis: Tensor
     synthesis: Tensor
     levels: Levels
+    row_state = ("mean", "analysis", "synthesis", "levels")
 
 
 class TransformIndex(KeyIndex):
     """Codes of all tokens under one transform, fitted to a sample of the prefill, or else to the first ``FIT_TOKENS``
     keys themselves."""
+
+    row_state = ("_codes", "_padding", "_code")
 
     def __init__(self, bits: float, key_dim: int, device: torch.device) -> None:
         self.device = device
@@ -118,7 +122,7 @@ class TransformIndex(KeyIndex):
 
     def newest_keys(self) -> Tensor:
         assert self.room is not None, "a page is put while held"
-        return self._restored(self._codes.view.index_select(1, self.room.tokens))
+        return self._restored(self._codes.take(self.room.tokens))
 
     def _coded(self) -> tuple[Tensor, Tensor, Tensor, Levels]:
         assert self._code is not None, "only coded keys are scored by their codes"

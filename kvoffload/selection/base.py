@@ -11,10 +11,11 @@ from torch import Tensor
 from kvoffload.buffers import Room
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
+from kvoffload.rows import Rowwise
 from kvoffload.values import KeySample, Pages
 
 
-class Selector(ABC):
+class Selector(Rowwise, ABC):
     """Page scores of one layer. Pages come in order, each once; queries are fp32 [rows, R, D], already scaled."""
 
     device: torch.device
@@ -29,10 +30,10 @@ class Selector(ABC):
     index: KeyIndex | None = None
     """The approximate keys that the scores come from, where there are any; completions may read them."""
 
-    def reset(self, anchor: Tensor) -> None:  # noqa: B027 - most selectors have no use for the anchor
+    def reset(self, anchor: Tensor) -> None:
         """Forget every page; ``anchor`` is the prefill's mean scaled query, fp32 [rows, D]."""
 
-    def fit(self, sample: KeySample) -> None:  # noqa: B027 - as above
+    def fit(self, sample: KeySample) -> None:
         """Some of the keys that come, right after a reset and before the first page."""
 
     @abstractmethod

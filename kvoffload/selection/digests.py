@@ -14,6 +14,7 @@ class DigestSelector(Selector):
     """Digests of all pages, in ``n_digests`` buffers [rows, P, ...]."""
 
     n_digests: int = 1
+    row_state = ("_buffers",)
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

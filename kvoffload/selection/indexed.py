@@ -12,6 +12,7 @@ class IndexedSelector(Selector):
     """Scores pages of ``page_size`` tokens by whatever index it is given."""
 
     index: KeyIndex
+    row_state = ("index",)
 
     def __init__(self, index: KeyIndex, page_size: int, *, uses_sample: bool) -> None:
         self.index, self.device, self.uses_sample = index, index.device, uses_sample

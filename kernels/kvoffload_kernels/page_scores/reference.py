@@ -34,9 +34,10 @@ def _one_bit(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _uniform(x: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    low = x.masked_fill(~mask, torch.inf).amin(-2)
-    high = x.masked_fill(~mask, -torch.inf).amax(-2)
-    low, high = (torch.where(mask.any(-2), t, 0.0) for t in (low, high))
+    outside = ~mask
+    low, high = x.masked_fill(outside, torch.inf).amin(-2), x.masked_fill(outside, -torch.inf).amax(-2)
+    nothing = outside.all(-2)
+    low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
     if bits == 2:  # cell centres: the extremes are rare, so half a cell inside them is nearer to most keys
         step = (high - low) / 4
         return low + step / 2, step

@@ -232,7 +232,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 [..., w] into ceil(w * bits / 8) bytes of consecutive channels, lowest bits first."""
     per_byte = 8 // bits
     n_bytes = -(-codes.shape[-1] // per_byte)
-    padded = F.pad(codes, (0, n_bytes * per_byte - codes.shape[-1])).unflatten(-1, (n_bytes, per_byte))
+    missing = n_bytes * per_byte - codes.shape[-1]
+    padded = (F.pad(codes, (0, missing)) if missing else codes).unflatten(-1, (n_bytes, per_byte))
     joined: Tensor = padded[..., 0]
     for place in range(1, per_byte):
         joined = joined | padded[..., place] << place * bits
