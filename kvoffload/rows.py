@@ -40,7 +40,7 @@ def kind(part: Any) -> object:
 def join(parts: Sequence[T], known: MutableMapping[int, Any]) -> T:
     """One that stands for all of them, in whose place it puts pages: the tensors of each are views of its own from now
     on. What was joined before is ``known``, by the id of its first part."""
-    whole = copy(parts[0])
+    known[id(parts[0])] = whole = copy(parts[0])
     for name in whole.row_state:
         joined, views = _below([getattr(part, name) for part in parts], known)
         setattr(whole, name, joined)
@@ -58,9 +58,11 @@ def _below(values: Sequence[Any], known: MutableMapping[int, Any]) -> tuple[Any,
     if isinstance(first, tuple):
         each = [_below(column, known) for column in zip(*values, strict=True)]
         return tuple(joined for joined, _ in each), list(zip(*(views for _, views in each), strict=True))
-    if first is not None and id(first) not in known:
-        known[id(first)] = GrowingRows(values) if isinstance(first, Growing) else join(values, known)
-    return known.get(id(first)), values
+    if isinstance(first, Growing):
+        return GrowingRows(values), values
+    if first is None or id(first) in known:
+        return known.get(id(first)), values
+    return join(values, known), values
 
 
 class GrowingRows(Growing):

@@ -16,8 +16,8 @@ PAGE = 4
 PAIRS = pairs()
 
 
-def new_layer(shape, **fields):
-    return new_layers(1, shape, **fields)[0]
+def new_layer(*given, **fields):
+    return new_layers(1, *given, **fields)[0]
 
 
 def new_layers(n, shape, tier="cpu", wrap=lambda store: store, **fields):

@@ -96,6 +96,28 @@ def test_a_held_view_stays_where_it_is_until_it_is_full():
     assert len(places) == 1
 
 
+def test_entries_are_put_where_a_tensor_says():
+    appended, held = Growing(), Growing()
+    appended.append(rows(5))
+    held.append(rows(5)[:, :3])
+    held.hold(8)
+    for i in (3, 4):
+        held.put(torch.tensor([i]), rows(5)[:, i : i + 1])
+        held.count(i + 1)
+    assert torch.equal(held.take(torch.tensor([4, 0])), rows(5)[:, [4, 0]])
+    held.hold(None)
+    assert torch.equal(held.view, appended.view)
+
+
+def test_a_room_says_which_page_is_its_newest():
+    room = Room(4, 8, torch.device("cpu"))
+    places = room.newest.data_ptr(), room.tokens.data_ptr()
+    room.fill(3)
+    assert room.newest.tolist() == [2]
+    assert room.tokens.tolist() == list(range(16, 24))
+    assert (room.newest.data_ptr(), room.tokens.data_ptr()) == places
+
+
 def test_a_room_bounds_scores_to_its_pages():
     room = Room(4, 8, torch.device("cpu"))
     room.fill(3)

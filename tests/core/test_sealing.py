@@ -7,6 +7,7 @@ import pytest
 import torch
 from layers import geometry, new_layers, take_in, tokens
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from recorded import record
@@ -46,19 +47,19 @@ class Counted:
         return results, counted
 
 
-def filled(selector, completion, padding):
+def filled(selector, completion, padding, n_layers=N_LAYERS):
     """Layers with a prompt in them, and the tokens of each with those that follow."""
     shape = geometry()
-    layers = new_layers(N_LAYERS, shape, selector=selector, completion=completion)
-    given = [tokens(shape, N_PROMPT + N_STEPS, seed) for seed in range(N_LAYERS)]
+    layers = new_layers(n_layers, shape, selector=selector, completion=completion)
+    given = [tokens(shape, N_PROMPT + N_STEPS, seed) for seed in range(n_layers)]
     for layer, (query, keys, values) in zip(layers, given, strict=True):
         take_in(layer, query[:, :, :N_PROMPT], keys[:, :N_PROMPT], values[:, :N_PROMPT], padding)
     return layers, given
 
 
-def decoded(layers, given, capture=None, n_steps=N_STEPS):
-    maker = FixedSteps(layers, capture=capture)
-    for i in range(N_PROMPT, N_PROMPT + n_steps):
+def decoded(layers, given, capture=None, n_steps=N_STEPS, maker=None):
+    maker, first = maker or FixedSteps(layers, capture=capture), layers[0].n_tokens
+    for i in range(first, first + n_steps):
         assert maker.advance()
         for layer, (query, keys, values) in zip(layers, given, strict=True):
             decode_fixed(layer, query[:, :, i], keys[:, i : i + 1], values[:, i : i + 1])
@@ -120,3 +121,48 @@ def test_what_cannot_be_captured_is_sealed_as_it_is():
     ordinary(plain, given, range(N_PROMPT, N_PROMPT + N_STEPS))
     for mine, theirs in zip(layers, plain, strict=True):
         assert torch.equal(pages_of(mine), pages_of(theirs))
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += not any(given.alias_info and not given.alias_info.is_write for given in func._schema.returns)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("selector", "completion"), PAIRS)
+def test_a_layer_more_adds_few_operations_to_a_seal(selector, completion):
+    """It is more rows: what it adds is to find its page and to put it into what grows, a dozen times at most."""
+
+    def n_operations(n_layers):
+        layers, given = filled(selector, completion, None, n_layers)
+        maker = FixedSteps(layers)
+        while layers[0].anchors.n_unsealing:
+            decoded(layers, given, maker=maker, n_steps=1)
+        with Operations() as found:
+            maker.advance()
+        return found.n
+
+    two, four = n_operations(2), n_operations(4)
+    assert four - two <= 2 * 12
+
+
+def test_layers_that_are_not_alike_are_sealed_apart():
+    (plain, given), (layers, _) = (filled("bounds", "anchored:segments=5", None) for _ in range(2))
+    for layer in (plain[1], layers[1]):  # as long as others, in other segments
+        pages = layer.fetch.ask_pages(0, layer.n_pages, layer.fetch.refresh)()
+        layer.completion.reset(torch.zeros(2, 8), n_pages=8)
+        layer.completion.absorb(pages)
+    decoded(layers, given, record)
+    steps = range(N_PROMPT, N_PROMPT + N_STEPS)
+    ordinary(plain, given, steps)
+    for mine in layers:
+        mine.fix(None)
+    more = [tokens(layers[0].geometry, 5, seed) for seed in range(20, 20 + N_LAYERS)]
+    for a, b in zip(ordinary(layers, more, range(5)), ordinary(plain, more, range(5)), strict=True):
+        assert_close(a.output, b.output, atol=1e-4, rtol=1e-4)
