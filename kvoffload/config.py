@@ -248,9 +248,9 @@ class RuntimeConfig(BaseModel):
         steps can be captured."""
         waits = self.policy or self.gate or self.audit is not None or self.max_dropped_mass is not None
         fixed = self.selector.holds and all(completion.holds for completion in self.completion)
-        on_device = self.offload != "nvme" and self.index == "device"
+        whole = self.fetch == "wait" and self.prefetch == 0
         free = self.head_floor == 0 and self.head_cap is None
-        return self.cuda_graph == "auto" and fixed and on_device and free and not waits
+        return self.cuda_graph == "auto" and fixed and whole and self.index == "device" and free and not waits
 
     @property
     def effective_budget(self) -> Budget:

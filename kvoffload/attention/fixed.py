@@ -144,8 +144,10 @@ class FixedSteps:
     def _reserved(self, n_pages: int) -> int:
         """Places for pages whose memory stays where it is: a bucket more at most, or what the store has anyway."""
         n_places, store = -(-(n_pages + 1) // self._bucket) * self._bucket, self._layers[0].store
-        mapped = [store.mapped(layer.layer) for layer in self._layers]
-        n_now = min(len(memory) for memory in mapped if memory is not None)
+        mapped = [memory for layer in self._layers if (memory := store.mapped(layer.layer)) is not None]
+        if not mapped:  # the host brings slices from where they are
+            return n_places
+        n_now = min(len(memory) for memory in mapped)
         if n_now > n_pages:
             return min(n_places, n_now)
         return n_places if store.reserve(n_places) else 0

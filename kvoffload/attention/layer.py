@@ -191,6 +191,7 @@ class LayerCache:
         parts = (self.reading, self.chooser, self.fetch, self.selector, self.completion)
         plain = self.page_filter is None and self.gate is None and not self.index_on_host
         plain = plain and self.head_bounds == UNBOUNDED  # a list that is not read to its end would be another one
+        plain = plain and self.prefetch.share == 0
         return self.ready and plain and self.n_pages > 0 and all(part.can_hold for part in parts)
 
     def fix(self, fixed: Fixed | None) -> None:

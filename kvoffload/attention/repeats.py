@@ -1,6 +1,9 @@
 """Work on the device that is done again and again, as replays of a captured graph."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -17,13 +20,90 @@ class Capture(Protocol):
 
 
 def capture_cuda(call: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[T, Callable[[], None]]:
-    """A CUDA graph of what the function does on the device."""
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    """CUDA graphs of what the function does on the device, one after the other where it has work for the host."""
+    pieces = Pieces(generators)
+    with pieces.captured():
         results = call()
-    return results, graph.replay
+    return results, pieces.replay
+
+
+class Cuts(Protocol):
+    """A capture that the host's work can interrupt."""
+
+    def cut(self, work: Callable[[], None]) -> None:
+        """In every replay ``work`` is done between what was captured before and what is after."""
+
+
+class _Running(threading.local):
+    """The capture that this thread is in."""
+
+    cuts: Cuts | None = None
+
+
+_RUNNING = _Running()
+
+
+@contextmanager
+def interruptible(cuts: Cuts) -> Iterator[None]:
+    """Inside this block the host's work interrupts a capture."""
+    _RUNNING.cuts = cuts
+    try:
+        yield
+    finally:
+        _RUNNING.cuts = None
+
+
+def on_host(work: Callable[[], None]) -> None:
+    """Work of the host that reads what the device has made so far and changes what tensors hold: done now, or, inside
+    of a capture, in every replay."""
+    if _RUNNING.cuts is None:
+        work()
+    else:
+        _RUNNING.cuts.cut(work)
+
+
+class Pieces:
+    """CUDA graphs in the order of their capture, and what the host does behind each but the last. They share memory."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._generators, self._pool = generators, torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._works: list[Callable[[], None]] = []
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """What the device is asked for inside this block is captured."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._begin()
+            try:
+                with interruptible(self):
+                    yield
+            finally:
+                self._graphs[-1].capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def cut(self, work: Callable[[], None]) -> None:
+        self._graphs[-1].capture_end()
+        self._works.append(work)
+        self._begin()
+
+    def replay(self) -> None:
+        """Raises what the host's work raises; the device has done what came before it then."""
+        for graph, work in zip_longest(self._graphs, self._works):
+            graph.replay()
+            if work is not None:
+                work()
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graphs.append(graph)
 
 
 def capture_of(device: torch.device) -> Capture | None:

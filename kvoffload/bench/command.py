@@ -92,7 +92,7 @@ def run_copy(flags: Mapping[str, Any], output: Output) -> int:
 
 def run_io(flags: Mapping[str, Any], output: Output) -> int:
     """The file store's random reads against fio's."""
-    folder, seconds = disk_folder(flags["nvme_dir"]), float(flags["seconds"])
+    folder, seconds = Path(disk_folder(flags["nvme_dir"])), float(flags["seconds"])
     if not folder.is_dir():
         raise UsageError(f"nvme_dir: {str(folder)!r} is no folder")
     disk = asdict(measure_disk(folder, seconds))

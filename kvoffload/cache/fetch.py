@@ -14,6 +14,7 @@ from kvoffload_storage.errors import StorageError
 from kvoffload_storage.store import Moved, Store, Ticket
 from torch import Tensor
 
+from kvoffload.attention.repeats import on_host
 from kvoffload.cache.slots import Slots
 from kvoffload.geometry import Geometry
 from kvoffload.values import Pages, Selection
@@ -62,16 +63,21 @@ class Fetch(ABC):
         self.patience_s: float | None = None  # how long a step waits for its slices; None: until they are there
         self.step_bytes = 0  # device bytes of the largest step so far that no cache keeps; layers share them
 
-    can_hold: bool = False
-    """Whether ``note`` and ``move`` are there, which make a ``start`` together."""
+    asks_host: bool = False
+    """Whether ``move`` has work for the host, which can fail."""
 
+    @property
+    def can_hold(self) -> bool:
+        """Whether ``note`` and ``move``, which make a ``start`` together, bring all that is asked for."""
+        return True
+
+    @abstractmethod
     def note(self, n_slices: int) -> None:
-        """The host's part: count slices that ``move`` is asked for, which takes off itself what need not move."""
-        raise NotImplementedError
+        """Count slices that ``move`` was asked for, as far as it does not itself."""
 
+    @abstractmethod
     def move(self, selection: Selection) -> list[Arrival]:
-        """The device's part: the same work for every selection of its length."""
-        raise NotImplementedError
+        """The same work on the device for every selection of its length; what the host has to do is ``on_host``."""
 
     @abstractmethod
     def start(self, selection: Selection) -> list[Arrival]:
@@ -84,6 +90,11 @@ class Fetch(ABC):
     def _count(self) -> Tensor:
         """A count where selections are looked up."""
         return torch.zeros((), dtype=torch.int64)
+
+    @property
+    def _spared_bytes(self) -> int:
+        """What a slice has too much in ``moved`` if the page cache has it."""
+        return 0
 
     @abstractmethod
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
@@ -133,8 +144,7 @@ class Fetch(ABC):
         if selection.n_queries > 1:
             return None
         keys = ids if selection.wanted is None else torch.where(selection.wanted, ids, -1)
-        spared = self.geometry.slice_bytes if self.can_hold and self.store.tier != "gpu" else 0
-        return self.slots.admit(keys, Hits(self.n_hits, self.decode.spared, spared))
+        return self.slots.admit(keys, Hits(self.n_hits, self.decode.spared, self._spared_bytes))
 
     def _pages(self, data: Tensor) -> Pages:
         keys, values = unpack_slices(data, self.geometry)
@@ -143,8 +153,6 @@ class Fetch(ABC):
 
 class MappedFetch(Fetch):
     """For tiers that the device can address: a gather by device-side ids; nothing in a step waits for the host."""
-
-    can_hold = True
 
     def start(self, selection: Selection) -> list[Arrival]:
         self.note(len(selection))
@@ -185,6 +193,10 @@ class MappedFetch(Fetch):
     def _count(self) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=self.device)
 
+    @property
+    def _spared_bytes(self) -> int:
+        return 0 if self.store.tier == "gpu" else self.geometry.slice_bytes
+
     def _memory(self) -> Tensor:
         memory = self.store.mapped(self.layer)
         assert memory is not None, "MappedFetch needs an addressable store"
@@ -200,21 +212,50 @@ class SubmittedFetch(Fetch):
     which ``wait`` on the following request's ids has synchronised.
     """
 
+    asks_host = True
+
     def __init__(self, store: Store, layer: int, slots: Slots, geometry: Geometry) -> None:
         super().__init__(store, layer, slots, geometry)
         self._staging, self._run = aligned_empty(0), aligned_empty(0)
 
     def start(self, selection: Selection) -> list[Arrival]:
+        return [arrive for _, arrive in self._ask(selection.to(torch.device("cpu")))]
+
+    @property
+    def can_hold(self) -> bool:
+        return self.patience_s is None
+
+    def note(self, n_slices: int) -> None:
+        """``move`` counts what it asks for."""
+
+    def move(self, selection: Selection) -> list[Arrival]:
+        places = self.slots.reserve(len(selection))
+        on_host(lambda: self._bring(selection, places))
+        return [lambda: (selection, places)]
+
+    def _bring(self, selection: Selection, out: Tensor) -> None:
+        """The wanted slices of a selection on the device, each to its row of uint8 [F, slice_bytes] there."""
         selection = selection.to(torch.device("cpu"))
+        rows = torch.arange(len(selection)) if selection.wanted is None else selection.wanted.nonzero()[:, 0]
+        for part, arrive in self._ask(Selection(selection.row_ids[rows], selection.page_ids[rows])):
+            data = arrive()[1]
+            if len(data) == len(out):
+                out.copy_(data)
+            else:
+                out.index_copy_(0, rows[part].to(self.device), data)
+
+    def _ask(self, selection: Selection) -> list[tuple[Tensor | slice, Arrival]]:
+        """Requests for slices, ids in host memory, and which of them each one brings if each row has one query."""
         self.n_asked += len(selection)
         admitted = self._admit(selection, self._ids(selection))
         if admitted is None:
-            return self._submit(selection.by_query())
+            return [(slice(None), arrive) for arrive in self._submit(selection.by_query())]
         places, hit, _ = admitted
         have = Selection(selection.row_ids[hit], selection.page_ids[hit])
         want = Selection(selection.row_ids[~hit], selection.page_ids[~hit])
         resident = self.slots.data.index_select(0, places[hit].to(self.device))
-        return [lambda: (have, resident), *self._submit([want], places[~hit].to(self.device))]
+        (missing,) = self._submit([want], places[~hit].to(self.device))
+        return [(hit, lambda: (have, resident)), (~hit, missing)]
 
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
         n_pages = self.store.n_pages(self.layer)

@@ -66,8 +66,8 @@ class BatchSteps:
         """Count the new tokens of those whose steps can have fixed shapes; which they are."""
         fixed = []
         for i, cache in enumerate(caches):
-            if not StepGraph.possible(cache):
-                continue
+            if not StepGraph.possible(cache) or any(layer.fetch.asks_host for layer in cache.offloaded):
+                continue  # what goes wrong on the host in a replay would be everybody's
             if cache not in self._fixed:
                 self._fixed[cache] = FixedSteps(cache.offloaded, room_tokens=self._room_tokens, capture=self._capture)
                 self._numbers[cache] = next(self._count)

@@ -171,6 +171,7 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         self.n_offloaded = len(unbounded)
         self.config, self.exact, self.stepping, self.rectifies, self.fixed = config, False, False, False, False
         self.policies = [policy.build() for policy in config.policy]
+        self.broken_off = False  # a step of fixed shapes was, and some layers have no KV of its token
         self.anew, self.intake = Anew(self.policies), Intake(self.n_offloaded, self.freezing)
         if self.anew.is_wanted and self.n_offloaded < len(self.layers):
             raise UsageError("policy: layers with bounded KV (sliding windows) do not allow to compute tokens anew")

@@ -41,8 +41,8 @@ def dump_cache(cache: OffloadCache) -> tuple[dict[str, Tensor], list[LayerState]
     if cache.freezing is not None:
         raise UnsupportedModelError("a session whose policy freezes early tokens cannot be saved")
     tensors, states = dump_layers(cache)
-    if len(counts := {state.n_tokens for state in states}) > 1:
-        raise KvoffloadError(f"a forward was broken off: layers have {min(counts)} to {max(counts)} tokens")
+    if cache.broken_off or len({state.n_tokens for state in states}) > 1:
+        raise KvoffloadError("a forward was broken off: not all layers have its tokens")
     return tensors, states
 
 

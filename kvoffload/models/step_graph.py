@@ -68,7 +68,11 @@ class StepGraph:
             return None
         for buffer, new in ((self._ids, ids), (self._positions, position)):
             buffer.copy_(new) if isinstance(new, Tensor) else buffer.fill_(new)
-        stepped = self._run(None if sampler is None or sampler.greedy else sampler)
+        try:
+            stepped = self._run(None if sampler is None or sampler.greedy else sampler)
+        except BaseException:
+            self.cache.broken_off = True  # the host's work in a replay failed, or was interrupted
+            raise
         self._steps.finish()
         for layer in self.cache.layers:
             if isinstance(layer, OffloadLayer) and layer.kv is not None:

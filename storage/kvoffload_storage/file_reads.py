@@ -75,7 +75,7 @@ def check_slices(
 
 def jobs_of(plan: ReadPlan, disk_rows: Int64Array, out: Tensor, *, direct: bool) -> list[ReadJob]:
     """The plan's ranges with the rows of ``out`` that they fill."""
-    rows = [*out.numpy()]
+    rows = out.numpy()
     where = disk_rows.tolist()
     whole_blocks = out.shape[1] % BLOCK_BYTES == 0
     in_place = whole_blocks and (is_aligned(out) or not direct)

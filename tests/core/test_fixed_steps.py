@@ -143,11 +143,12 @@ def test_cropped_tokens_are_not_seen_any_more():
         {"policy": "retro"},
         {"max_dropped_mass": 0.1},
         {"audit": 3},
+        {"offload": "nvme", "cpu_max": "1MiB", "fetch": "deadline"},
     ],
     ids=str,
 )
 def test_what_depends_on_the_host_has_ordinary_steps(fields):
-    layer, _ = filled(FIT_TOKENS + 60, 0, **fields)
+    layer, _ = filled(FIT_TOKENS + 60, 0, tier=fields.get("offload", "cpu"), **fields)
     assert not FixedSteps.possible([layer])
     assert not RuntimeConfig(**fields).replays_steps
 
@@ -157,11 +158,6 @@ def test_a_configuration_says_whether_steps_can_have_fixed_shapes(selector, comp
     fields = {"selector": selector, "completion": completion}
     layer, _ = filled(SKETCH_FIT_TOKENS + 60, 0, **fields)
     assert FixedSteps.possible([layer]) == RuntimeConfig(**fields).replays_steps
-
-
-def test_files_have_ordinary_steps():
-    layer, _ = filled(150, 0, tier="nvme", selector="bounds")
-    assert not FixedSteps.possible([layer])
 
 
 def test_before_values_are_fitted_steps_are_ordinary():

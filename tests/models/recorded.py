@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from kvoffload.attention.repeats import interruptible
+
 aten = torch.ops.aten
 NEEDS_THE_HOST = (
     aten._local_scalar_dense,
@@ -45,6 +47,10 @@ class Recorder(TorchDispatchMode):
         self.calls.append((func, args, kwargs, given))
         return given
 
+    def cut(self, work):
+        """Work of the host, which replays do in its place."""
+        self.calls.append((lambda: work(), (), {}, None))
+
     def undo(self):
         for tensor, held in reversed(self.before):
             tensor.copy_(held)
@@ -62,7 +68,7 @@ def record(call, generators):
     """A ``Capture``."""
     states = [generator.get_state() for generator in generators]
     recorder = Recorder()
-    with recorder:
+    with recorder, interruptible(recorder):
         stepped = call()
     recorder.undo()
     for generator, state in zip(generators, states, strict=True):

@@ -104,7 +104,20 @@ def test_replayed_steps_of_sketched_values_are_ordinary_steps(model, selector):
     assert_same(given, expected)
 
 
-@pytest.mark.parametrize("fields", [{"budget": "40"}, {"offload": "none"}, {"pool": "none"}, {"reanchor": 17}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget": "40"},
+        {"offload": "none"},
+        {"pool": "none"},
+        {"reanchor": 17},
+        {"offload": "nvme"},
+        {"offload": "nvme", "pool": "none", "budget": "15%"},
+        {"offload": "nvme", "gpu_cache": "64KiB", "cpu_max": "64KiB", "budget": "15%"},
+        {"offload": "nvme", "verify": True},
+    ],
+    ids=str,
+)
 def test_replayed_steps_are_ordinary_steps_whatever_the_settings(model, fields):
     fields = {"selector": "quantized:group=16", "completion": "anchored:segments=5"} | fields
     given, expected = (run(model, 140, 1, **fields) for run in (captured, ordinary))

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from kvoffload.config import SamplingConfig
+from kvoffload.errors import KvoffloadError
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from recorded import record
@@ -115,12 +116,54 @@ def test_logits_that_were_given_out_stay_as_they_are(pair):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"cuda_graph": "off"}, {"offload": "nvme"}, {"policy": "retro"}, {"index": "cpu"}], ids=str
+    "fields",
+    [
+        {"cuda_graph": "off"},
+        {"offload": "nvme", "cpu_max": "1MiB", "prefetch": 0.5},
+        {"policy": "retro"},
+        {"index": "cpu"},
+    ],
+    ids=str,
 )
 def test_where_steps_cannot_be_replayed_they_are_ordinary(pair, fields):
     replayed, plain = pair(**fields)
     assert generated(replayed) == generated(plain)
     assert replayed.stats().graph_steps == 0
+
+
+def test_reads_of_files_are_between_replays(pair):
+    replayed, plain = pair(offload="nvme", budget="10%")
+    assert generated(replayed) == generated(plain)
+    assert replayed.stats().graph_steps > 10
+    assert replayed.stats().decode_bytes_read == plain.stats().decode_bytes_read
+
+
+def test_a_damaged_page_found_in_a_replay_is_computed_again(pair):
+    replayed, plain = pair(offload="nvme", budget="100%", verify=True)
+    assert generated(replayed, 6) == generated(plain, 6)
+    replayed.cache.stores[0].flush()
+    path = replayed.cache.stores[0].directory / "layer-0001.kv"
+    damaged = bytearray(path.read_bytes())
+    damaged[4096 + 1] ^= 1
+    path.write_bytes(damaged)
+    assert generated(replayed, 6) == generated(plain, 6)
+    assert replayed.stats().recomputed_pages == 1
+
+
+def test_what_a_failed_replay_leaves_is_not_saved(pair, monkeypatch, tmp_path):
+    replayed, _ = pair(offload="nvme", budget="10%")
+    generated(replayed, 6)
+    fetch = replayed.cache.offloaded[1].fetch
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fetch.store, "read_slices", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        replayed.step(3)
+    monkeypatch.undo()
+    with pytest.raises(KvoffloadError, match="a forward was broken off"):
+        replayed.save(tmp_path / "a.kvo")
 
 
 def test_another_budget_is_kept_from_the_next_step_on(pair):
