@@ -1,7 +1,7 @@
 """What each layer's budget is worth: the divergence of the model's output from dense attention when one layer alone
 reads little."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,27 +28,37 @@ _FULL = Budget.parse("100%")
 def measure_layers(
     model: Any, sequences: Sequence[Tensor], config: RuntimeConfig, state: State, on_progress: OnProgress
 ) -> Calibration:
-    """Add to the state, for every offloaded layer it lacks, the mean KL(dense || sparse) in nats at each share of
-    ``LADDER`` of the configured budget, over the last tokens of every sequence (int64 [N], of one length); gives the
-    header of the finished file."""
-    layers = offloaded_layers(model.config)
-    missing = [layer for layer in layers if layer not in state.header.layers]
-    curves = dict.fromkeys(missing, torch.zeros(len(LADDER), dtype=torch.float64))
-    for done, ids in enumerate(sequences if missing else ()):
-        on_progress(Progress("measuring layers", done, len(sequences)))
-        for layer, curve in _curves(model, ids[None], config, layers, missing):
-            curves[layer] = curves[layer] + curve / len(sequences)
-    for layer in missing:
-        figures = {f"kl_at_{share:g}": float(kl) for share, kl in zip(LADDER, curves[layer], strict=True)}
-        state.add(layer, LayerResult({curve_name(layer): curves[layer].float()}, figures))
+    """Add to the state, for every offloaded layer, the mean KL(dense || sparse) in nats at each share of ``LADDER`` of
+    the configured budget, over the last tokens of every sequence (int64 [N], of one length); gives the header of the
+    finished file. The state keeps every sequence's part as soon as it is measured."""
+    layers, total = offloaded_layers(model.config), len(sequences)
+
+    def heard(done: int) -> None:
+        on_progress(Progress("measuring layers", done, len(layers)))
+
+    for i, ids in enumerate(sequences):
+        if _part(i) in state.parts:
+            continue
+        curves = _curves(model, ids[None], config, len(layers), heard)
+        state.keep(_part(i), curves)
+        kl = float(curves[:, LADDER.index(1.0)].mean())
+        said = f"sequence {i + 1} of {total}: KL {kl:.4g} with one layer at its budget, on average"
+        on_progress(Progress("measuring sequences", i + 1, total, said))
+    mean = torch.stack([state.parts[_part(i)] for i in range(total)]).mean(0)
+    for layer, curve in zip(layers, mean, strict=True):
+        figures = {f"kl_at_{share:g}": float(kl) for share, kl in zip(LADDER, curve, strict=True)}
+        state.add(layer, LayerResult({curve_name(layer): curve.float()}, figures))
     state.finish()
     return state.header
 
 
-def _curves(
-    model: Any, ids: Tensor, config: RuntimeConfig, layers: Sequence[int], missing: Sequence[int]
-) -> Iterator[tuple[int, Tensor]]:
-    """The divergences of each missing layer for one sequence int64 [1, N], fp64 [len(LADDER)].
+def _part(sequence: int) -> str:
+    return f"sequences.{sequence}.divergence"
+
+
+def _curves(model: Any, ids: Tensor, config: RuntimeConfig, n_layers: int, on_layer: Callable[[int], None]) -> Tensor:
+    """The divergences of each layer for one sequence int64 [1, N], fp64 [n_layers, len(LADDER)]. ``on_layer`` hears how
+    many layers are done.
 
     The tokens before the last two pages are the context. As many as it takes to seal a page follow, then those that are
     tried, which seal none and so can be forgotten after each trial.
@@ -63,14 +73,14 @@ def _curves(
             pass
         tried = rest[:, sealing : sealing + page - 1].to(model.device)
         dense = _tried(model, cache, tried)
-        for place, layer in enumerate(layers):
-            if layer not in missing:
-                continue
-            kl = []
-            for share in LADDER:
-                with _only(cache.offloaded[place], budget, share):
-                    kl.append((dense.exp() * (dense - _tried(model, cache, tried))).sum(-1).mean())
-            yield layer, torch.stack(kl).double().cpu()
+        curves = torch.zeros(n_layers, len(LADDER), dtype=torch.float64)
+        for place, layer in enumerate(cache.offloaded):
+            for step, share in enumerate(LADDER):
+                with _only(layer, budget, share):
+                    kl = (dense.exp() * (dense - _tried(model, cache, tried))).sum(-1).mean()
+                curves[place, step] = kl.double().cpu()
+            on_layer(place + 1)
+    return curves
 
 
 def _tried(model: Any, cache: OffloadCache, ids: Tensor) -> Tensor:

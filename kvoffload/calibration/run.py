@@ -29,31 +29,46 @@ class Progress:
     said: str = ""
 
 
+_PART = "part."
 OnProgress = Callable[[Progress], None]
 
 
 class State:
-    """The finished layers, in a file beside the one that is to be: ``NAME.partial``, rewritten whole by one rename
-    after each layer. It becomes the file itself when every layer is in."""
+    """What is done, in a file beside the one that is to be: ``NAME.partial``, rewritten whole by one rename after each
+    layer and part. It becomes the file itself, without ``parts`` (by name), when every layer is in."""
 
     def __init__(self, out: Path, header: Calibration) -> None:
         self._out, self._partial = out, out.with_name(out.name + ".partial")
-        self.header, self._tensors = header, dict[str, Tensor]()
+        self.header, self._tensors, self.parts = header, dict[str, Tensor](), dict[str, Tensor]()
         if out.exists():
             raise UsageError(f"out: {str(out)!r} is there already: remove it or give another name")
         if self._partial.exists():
-            self.header, self._tensors = self._resumed(header)
+            self.header, tensors = self._resumed(header)
+            self.parts = {name.removeprefix(_PART): t for name, t in tensors.items() if name.startswith(_PART)}
+            self._tensors = {name: t for name, t in tensors.items() if not name.startswith(_PART)}
 
     def add(self, layer: int, result: LayerResult) -> None:
         """Keep a finished layer."""
         layers = dict(sorted({**self.header.layers, layer: result.figures}.items()))
         self.header = self.header.model_copy(update={"layers": layers})
         self._tensors |= result.tensors
-        write_calibration(self._partial, self.header, self._tensors)
+        self._write()
+
+    def keep(self, name: str, part: Tensor) -> None:
+        """Keep a part of what layers will be made from."""
+        self.parts[name] = part
+        self._write()
 
     def finish(self) -> None:
         """Every layer is in."""
+        if self.parts:
+            self.parts.clear()
+            self._write()
         self._partial.replace(self._out)
+
+    def _write(self) -> None:
+        parts = {_PART + name: part for name, part in self.parts.items()}
+        write_calibration(self._partial, self.header, self._tensors | parts)
 
     def _resumed(self, header: Calibration) -> tuple[Calibration, dict[str, Tensor]]:
         try:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvoffload import cli
+from kvoffload.calibration import budgets
 from kvoffload.completion.calibrated import read_all
 from kvoffload.config import RuntimeConfig
 from kvoffload.evaluation.divergence import DivergenceTask
@@ -14,10 +15,10 @@ ANCHORS = {"sinks": 4, "recent": 8, "page_size": 4}
 FLAGS = [part for name, value in ANCHORS.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
-def by_layer(text, out, *more):
-    base = ["calibrate", "--by-layer", "--model", "tiny", "--data", str(text), "--out", str(out), "--quiet"]
+def by_layer(text, out, *more, quiet=True):
+    base = ["calibrate", "--by-layer", "--model", "tiny", "--data", str(text), "--out", str(out)]
     sizes = ["--context", "200", "--sequences", "2", "--queries", "16", "--budget", "10%", "--device", "cpu"]
-    return cli.run([*base, *sizes, *FLAGS, *more])
+    return cli.run([*base, *sizes, *FLAGS, *["--quiet"] * quiet, *more])
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +44,28 @@ def test_more_reads_of_a_layer_diverge_less_and_the_file_is_of_use(text, tmp_pat
     task.close()
 
 
-def test_an_interrupted_run_goes_on_to_the_same_file(text, tmp_path, monkeypatch):
-    from kvoffload.calibration.run import State
-
+def test_a_run_interrupted_while_measuring_goes_on_to_the_same_file(text, tmp_path, monkeypatch):
     assert by_layer(text, tmp_path / "whole.st") == 0
-    add, added = State.add, []
+    curves, begun = budgets._curves, []
 
-    def twice(self, layer, result):
-        if len(added) == 2:
+    def cut_short(model, ids, *rest):
+        begun.append(ids)
+        if len(begun) == 2:
             raise KeyboardInterrupt
-        added.append(layer)
-        add(self, layer, result)
+        return curves(model, ids, *rest)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(State, "add", twice)
-        assert by_layer(text, tmp_path / "cut.st") == 130
-    assert not (tmp_path / "cut.st").exists()
+    monkeypatch.setattr(budgets, "_curves", cut_short)
+    assert by_layer(text, tmp_path / "cut.st") == 130
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.st", "cut.st.partial"}
     assert by_layer(text, tmp_path / "cut.st") == 0
+    assert len(begun) == 3  # the first sequence is not measured again
     assert (tmp_path / "cut.st").read_bytes() == (tmp_path / "whole.st").read_bytes()
+
+
+def test_progress_is_told_for_every_sequence(text, tmp_path, capsys):
+    assert by_layer(text, tmp_path / "b.st", quiet=False) == 0
+    told = capsys.readouterr().err
+    assert [line.partition(":")[0] for line in told.splitlines() if "KL" in line] == [
+        "sequence 1 of 2",
+        "sequence 2 of 2",
+    ]
