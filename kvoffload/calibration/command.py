@@ -15,7 +15,7 @@ from torch import Tensor
 from kvoffload.calibration.budgets import measure_layers
 from kvoffload.calibration.data import data_hash, read_sequences
 from kvoffload.calibration.options import CalibrationOptions, parse_options
-from kvoffload.calibration.recipes import RECIPES
+from kvoffload.calibration.recipes import RECIPES, check_sequences
 from kvoffload.calibration.run import Job, Progress, State, calibrate
 from kvoffload.completion.base import CompletionConfigBase
 from kvoffload.completion.calibrated import Calibration
@@ -48,6 +48,8 @@ def run_calibrate(
     by_layer = bool(given.get("by_layer"))
     completion = settings.completion[0] if by_layer else _completion(settings)
     options = parse_options(completion.model_dump(), given)
+    if not by_layer:
+        check_sequences(completion.kind, options)
     if not settings.model:
         raise UsageError(f"model: give one with --model; {ACCEPTED}")
     source = resolve(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)

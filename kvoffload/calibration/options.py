@@ -22,9 +22,10 @@ Budgets = Annotated[tuple[BudgetField, ...], BeforeValidator(_words), Field(min_
 
 
 class CalibrationOptions(BaseModel):
-    """``sequences`` of ``context`` tokens, the last eighth held out, with ``queries`` positions each; what is read
-    is selected under every one of ``budgets``. The rest is for learned maps: ``key_maps`` of each kv head's keys are
-    shared by its query heads or made for each, ``rate`` is Adam's first learning rate."""
+    """``sequences`` of ``context`` tokens, the last eighth held out (offsets are chosen on as many before it), with
+    ``queries`` positions each; what is read is selected under every one of ``budgets``. The rest is for learned maps:
+    ``key_maps`` of each kv head's keys are shared by its query heads or made for each, ``rate`` is Adam's first
+    learning rate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,7 +49,7 @@ class CalibrationOptions(BaseModel):
 
     @property
     def n_held_out(self) -> int:
-        """Sequences that no training sees."""
+        """Sequences that nothing is learned from; figures are theirs."""
         return max(self.sequences // 8, 1)
 
     def check(self, config: RuntimeConfig, max_context: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,18 +15,21 @@ from kvoffload.completion.base import CompletionConfigBase
 from kvoffload.completion.none import NoCompletionConfig
 from kvoffload.completion.offset import OffsetCompletion, offset_name
 from kvoffload.completion.phi import PhiCompletionConfig
+from kvoffload.errors import UsageError
 from kvoffload.geometry import Geometry
+
+_OFFSET_SEQUENCES = 3
 
 
 @dataclass(frozen=True)
 class LayerExamples:
-    """One layer's examples on the device, and what belongs to them; ``layer`` counts the model's layers."""
+    """One layer's examples on the device by sequence, and what belongs to them; ``layer`` counts the model's layers."""
 
     layer: int
     geometry: Geometry
     device: torch.device
-    train: Sequence[Example]
-    held_out: Sequence[Example]
+    train: Sequence[Sequence[Example]]
+    held_out: Sequence[Sequence[Example]]
 
 
 @dataclass(frozen=True)
@@ -45,24 +49,27 @@ def learn_map(found: LayerExamples, options: CalibrationOptions, config: Complet
     n_maps = 1 if options.key_maps == "shared" else geometry.group_size
     seed = options.seed + found.layer
     how = MapOptions(options.family, options.features, n_maps, options.steps, options.rate, seed)
-    start = start_weights(found.train, geometry, how)
-    learned = distil(start, found.train, geometry, how)
+    train, held_out = _all(found.train), _all(found.held_out)
+    start = start_weights(train, geometry, how)
+    learned = distil(start, train, geometry, how)
     random = PhiCompletionConfig(features=options.features).build(geometry, found.layer, device)
     measured = {
-        "random_": measure(random, found.held_out),
-        "start_": measure(completion_of(start, how, geometry, device), found.held_out),
-        "": measure(completion_of(learned, how, geometry, device), found.held_out),
+        "random_": measure(random, held_out),
+        "start_": measure(completion_of(start, how, geometry, device), held_out),
+        "": measure(completion_of(learned, how, geometry, device), held_out),
     }
     return LayerResult(learned.tensors(found.layer), _none(found) | _figures(measured))
 
 
 def learn_offsets(found: LayerExamples, options: CalibrationOptions, config: CompletionConfigBase) -> LayerResult:
-    """Offsets for a completion that needs no training; ``moved`` is the share of query heads that got one."""
+    """Offsets for a completion that needs no training, chosen on the last training sequences, as many as are held out;
+    ``moved`` is the share of query heads that got one."""
     completion = config.build(found.geometry, found.layer, found.device)
-    offset = fit_offsets(completion, found.train, found.held_out)
+    split, held_out = len(found.train) - len(found.held_out), _all(found.held_out)
+    offset = fit_offsets(completion, _all(found.train[:split]), _all(found.train[split:]))
     measured = {
-        "start_": measure(completion, found.held_out),
-        "": measure(OffsetCompletion(completion, offset), found.held_out),
+        "start_": measure(completion, held_out),
+        "": measure(OffsetCompletion(completion, offset), held_out),
     }
     figures = _none(found) | _figures(measured) | {"moved": float((offset != 0).float().mean())}
     return LayerResult({offset_name(found.layer): offset}, figures)
@@ -71,10 +78,23 @@ def learn_offsets(found: LayerExamples, options: CalibrationOptions, config: Com
 RECIPES: dict[str, Recipe] = {"phi": learn_map, "anchored": learn_offsets, "pages": learn_offsets}
 
 
+def check_sequences(kind: str, options: CalibrationOptions) -> None:
+    """Raises UsageError where there are too few sequences for what is learned of a completion."""
+    if RECIPES[kind] is learn_offsets and options.sequences < _OFFSET_SEQUENCES:
+        raise UsageError(
+            f"sequences: {options.sequences} are too few: offsets are fitted, chosen and reported on different ones; "
+            f"give at least {_OFFSET_SEQUENCES}"
+        )
+
+
+def _all(sequences: Sequence[Sequence[Example]]) -> list[Example]:
+    return list(chain.from_iterable(sequences))
+
+
 def _none(found: LayerExamples) -> dict[str, float]:
     """The error of the output without any completion."""
     completion = NoCompletionConfig().build(found.geometry, found.layer, found.device)
-    return {"none_output": measure(completion, found.held_out).output}
+    return {"none_output": measure(completion, _all(found.held_out)).output}
 
 
 def _figures(measured: dict[str, Losses]) -> dict[str, float]:

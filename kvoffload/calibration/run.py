@@ -133,5 +133,4 @@ def _examples(job: Job, layer: int, captures: Sequence[LayerCapture]) -> LayerEx
     device: torch.device = job.model.device
     made = [list(make_examples(found, job.config, job.options.budgets, device)) for found in captures]
     split = len(made) - job.options.n_held_out
-    train, held_out = ([example for each in part for example in each] for part in (made[:split], made[split:]))
-    return LayerExamples(layer, captures[0].geometry, device, train, held_out)
+    return LayerExamples(layer, captures[0].geometry, device, made[:split], made[split:])

@@ -117,16 +117,31 @@ def test_what_was_begun_with_other_options_is_not_gone_on_with(text, tmp_path, c
 
 
 @pytest.mark.parametrize("completion", ["anchored", "pages"])
-def test_offsets_never_raise_the_held_out_error_and_are_used(text, tmp_path, completion):
+def test_offsets_lower_the_held_out_error_and_are_used(text, tmp_path, completion):
     file = tmp_path / "offsets"
     assert calibrate(text, file, completion=completion) == 0
     layers = read_calibration(file, completion).header.layers
-    assert all(figures["output"] <= figures["start_output"] for figures in layers.values())
+    output, start = (sum(figures[name] for figures in layers.values()) for name in ("output", "start_output"))
+    assert output < start
     offsets = load_file(file)
     moved = [float((offsets[f"layers.{layer}.offset"] != 0).float().mean()) for layer in range(N_LAYERS)]
     assert moved == pytest.approx([figures["moved"] for figures in layers.values()])
     assert sum(moved) > 0
     assert RuntimeConfig(completion=f"{completion}:file={file}").completion[0].calibration is not None
+
+
+def test_what_offsets_are_reported_on_has_no_part_in_choosing_them(tmp_path):
+    """Two texts whose last sequence alone differs."""
+    offsets, figures = [], []
+    for ending in ("the quick brown fox jumps over a lazy dog and ", "0123456789 "):
+        text, file = tmp_path / "text", tmp_path / f"offsets{len(offsets)}"
+        words = random.Random(0).choices(WORDS.split(), k=500)
+        text.write_text(" ".join(words)[: 3 * 192] + (ending * 192)[:192])
+        assert calibrate(text, file, completion="anchored") == 0
+        offsets.append(load_file(file))
+        figures.append(read_calibration(file, "anchored").header.layers[0]["output"])
+    assert all(torch.equal(offset, offsets[1][name]) for name, offset in offsets[0].items())
+    assert figures[0] != figures[1]
 
 
 def test_the_report_is_one_json_object(text, tmp_path, capsys):
@@ -147,6 +162,7 @@ def test_the_report_is_one_json_object(text, tmp_path, capsys):
         (["--context", "96", "--page-size", "16", "--recent", "64"], r"leave \d+ pages of 16"),
         (["--context", "1m"], "beyond the model's 8192"),
         (["--sequences", "1"], "sequences"),
+        (["--sequences", "2", "--completion", "pages"], "sequences: 2 are too few.*at least 3"),
         (["--sequences", "4000"], "sequences of 192 tokens and 4000 are wanted"),
         (["--data", "missing.txt"], "'missing.txt' cannot be read"),
         (["--budgets", "many"], "budgets"),
