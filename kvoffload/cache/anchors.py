@@ -12,6 +12,11 @@ from kvoffload.buffers import tensor_bytes
 from kvoffload.values import Pages
 
 
+def sealed_pages(n_tokens: int, *, sinks: int, recent: int, page_size: int) -> int:
+    """Pages that have left the recent window when there are ``n_tokens``."""
+    return max(n_tokens - sinks - _whole_pages(recent, page_size), 0) // page_size
+
+
 class Anchors:
     """Buffers of fixed size: ``n_sinks`` places, then a ring of window places, K and V each.
 
@@ -23,7 +28,7 @@ class Anchors:
         self, rows: int, n_sinks: int, recent: int, page_size: int, first_keys: Tensor, first_values: Tensor
     ) -> None:
         self.n_sinks, self.page_size = n_sinks, page_size
-        self._recent = -(-recent // page_size) * page_size
+        self._recent = _whole_pages(recent, page_size)
         self._capacity = self._recent + page_size
         places = n_sinks + self._capacity
         self.keys = first_keys.new_zeros(rows, places, first_keys.shape[-1])
@@ -205,3 +210,8 @@ class Anchors:
 
     def _first_page(self, n_unsealed: int) -> int:
         return (max(self.n_tokens, self.n_sinks) - self.n_sinks - n_unsealed) // self.page_size
+
+
+def _whole_pages(n_tokens: int, page_size: int) -> int:
+    """Rounded up."""
+    return -(-n_tokens // page_size) * page_size

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvoffload.attention.build import SliceBudget
 from kvoffload.buffers import page_mask
+from kvoffload.cache.anchors import sealed_pages
 from kvoffload.calibration.capture import LayerCapture
 from kvoffload.completion.base import Completion
 from kvoffload.config import RuntimeConfig
@@ -93,10 +94,9 @@ def measure(completion: Completion, examples: Sequence[Example]) -> Losses:
     return Losses(*torch.stack(found).mean(0).tolist())
 
 
-def sealed_pages(n_tokens: int, config: RuntimeConfig) -> int:
-    """Pages that have left the recent window at a context of ``n_tokens``."""
-    recent = -(-config.recent // config.page_size) * config.page_size
-    return max(n_tokens - config.sinks - recent, 0) // config.page_size
+def n_pages_at(n_tokens: int, config: RuntimeConfig) -> int:
+    """Pages that are sealed at a context of ``n_tokens``."""
+    return sealed_pages(n_tokens, sinks=config.sinks, recent=config.recent, page_size=config.page_size)
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def _of_run(
     values: Tensor,
 ) -> Iterator[Example]:
     geometry, n_tokens = found.geometry, int(positions[0]) + 1
-    start, n_pages = config.sinks, sealed_pages(n_tokens, config)
+    start, n_pages = config.sinks, n_pages_at(n_tokens, config)
     end = start + n_pages * geometry.page_size
     shape = (geometry.rows, n_pages, geometry.page_size, -1)
     pages = Pages(keys[:, start:end].reshape(shape), values[:, start:end].reshape(shape), None)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from kvoffload.calibration.capture import query_runs
-from kvoffload.calibration.examples import sealed_pages
+from kvoffload.calibration.examples import n_pages_at
 from kvoffload.completion.feature_maps import Family
 from kvoffload.config import BudgetField, RuntimeConfig, Size, explain
 from kvoffload.errors import UsageError
@@ -56,7 +56,7 @@ class CalibrationOptions(BaseModel):
         """Raises UsageError for a context that is longer than the model's or that leaves no pages to speak of."""
         if self.context > max_context:
             raise UsageError(f"context: {self.context} is beyond the model's {max_context} tokens")
-        n_pages = sealed_pages(int(query_runs(self.context, self.queries)[0, 0]) + 1, config)
+        n_pages = n_pages_at(int(query_runs(self.context, self.queries)[0, 0]) + 1, config)
         if n_pages < _MIN_PAGES:
             raise UsageError(
                 f"context: {self.context} tokens leave {n_pages} pages of {config.page_size} between {config.sinks} "

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from kvoffload.config import RuntimeConfig
+from kvoffload.evaluation.cautions import cautions, small_reads
 from kvoffload.evaluation.cells import Family, make_cells
 from kvoffload.evaluation.entropy import entropy_bins
-from kvoffload.evaluation.methods import Method
 from kvoffload.evaluation.plots import check_plots, draw_entropy, draw_sweep
 from kvoffload.evaluation.progress import SweepView
 from kvoffload.evaluation.report import Report
@@ -62,7 +62,11 @@ def run_sweep(
             tokenizer = load_tokenizer(source, view.load)
             dtype = pick_dtype(spec.dtype, model_config, device)
             family = Family.of(spec, weights_hash(source), str(dtype).removeprefix("torch."))
-            work = plan_work(spec, family, tokenizer, _of_family(spec, family))
+            found = _of_family(spec, family)
+            work = plan_work(spec, family, tokenizer, found)
+        methods = {method.name for method in spec.compared} | {str(result.cell["method"]) for result in found}
+        for caution in cautions(spec, methods):
+            view.warn(caution)
         if work:
             with view.showing():
                 loaded = load_model(source, dtype=dtype, device=device, tokenizer=tokenizer, on_progress=view.load)
@@ -86,7 +90,7 @@ def write_report(spec: SweepSpec, source: ModelSource, family: Family) -> list[R
         notes=_notes(spec, family, cells),
         cells=cells,
         metrics=spec.task.metrics,
-        baseline=Method.parse(spec.baseline).with_settings(spec.set).name,
+        baseline=spec.baseline_method.name,
         seed=spec.task.seed,
     )
     _replace(spec.out / "report.md", report.markdown())
@@ -116,6 +120,8 @@ def _notes(spec: SweepSpec, family: Family, cells: Sequence[CellResult]) -> list
         f"samples a cell: {' to '.join(str(n) for n in dict.fromkeys([samples[0], samples[-1]])) if samples else 0}",
         f"read and charged are shares of the context, from the runtime's meter; in brackets {_LEVEL}",
         f"measured at {', '.join(commits)}",
+        *cautions(spec, {cell.method for cell in cells}),
+        *small_reads(spec, cells),
     ]
 
 

@@ -149,6 +149,8 @@ def _read_ratio(c: Comparison) -> str:
         return f"> {c.cell.read_share / smallest:.3g}" if math.isinf(ratio) else f"{ratio:.3g}"
 
     e = c.read_ratio
+    if math.isnan(e.value):
+        return "unknown"
     return told(e.value) if e.low == e.high else f"{told(e.value)} [{told(e.low)}, {told(e.high)}]"
 
 

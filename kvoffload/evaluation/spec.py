@@ -108,6 +108,10 @@ class SweepSpec(BaseModel):
         methods = [Method.parse(name).with_settings(self.set) for name in names]
         return tuple({method.name: method for method in methods}.values())
 
+    @cached_property
+    def baseline_method(self) -> Method:
+        return Method.parse(self.baseline).with_settings(self.set)
+
     def budgets_of(self, method: Method) -> tuple[str, ...]:
         """The budgets of a method; selection-only ones also run at ``baseline_budgets``, so that their curve reaches
         what others are charged. Those with a policy or a page cache do not."""
@@ -122,7 +126,7 @@ class SweepSpec(BaseModel):
                 config = method.config(budget, self.common)
                 if any(policy.build().freezing is not None for policy in config.policy):
                     raise UsageError(f"method {method.name!r}: freeze_from changes the prefill, which all cells share")
-        Method.parse(self.baseline).with_settings(self.set).config(str(self.budgets[0]), self.common)
+        self.baseline_method.config(str(self.budgets[0]), self.common)
         self.task.check(self.contexts)
 
 
@@ -149,6 +153,8 @@ def _task(value: Any, beside: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"task: {error}") from None
     kind = fields.get("kind")
+    if kind is None:
+        raise UsageError(f"task: missing; give --task or task = in the file, one of {', '.join(TASKS)}")
     if kind not in TASKS:
         raise UsageError(f"task: {str(kind)!r} is unknown; accepted: {', '.join(TASKS)}")
     known = TASKS[kind].model_fields

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from kvoffload.attention.decode import attend_anchors, attend_selected
 from kvoffload.calibration.capture import capture, query_runs
-from kvoffload.calibration.examples import make_examples, sealed_pages
+from kvoffload.calibration.examples import make_examples, n_pages_at
 from kvoffload.config import RuntimeConfig
 from kvoffload.models.catalog import load_model, resolve
 from kvoffload.models.watch import offloaded_layers
@@ -51,7 +51,7 @@ def test_one_query_reads_and_leaves_what_a_decode_step_does(loaded, ids):
         kv.append(found.keys[:, -1:], found.values[:, -1:])
         anchors = attend_anchors(kv, example.query, kv.anchors.seen(1))
         read, fetched, scores = attend_selected(kv, example.query, anchors)
-        assert kv.n_pages == sealed_pages(161, CONFIG) == example.pages.n_pages
+        assert kv.n_pages == n_pages_at(161, CONFIG) == example.pages.n_pages
         pairs = set(zip(fetched.row_ids.tolist(), fetched.page_ids.tolist(), strict=True))
         assert pairs == set(zip(example.selection.row_ids.tolist(), example.selection.page_ids.tolist(), strict=True))
         rest = kv.completion.estimate(example.query, fetched, scores)

@@ -120,6 +120,7 @@ def test_a_task_may_be_a_table_or_a_spelling(flags, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
+        ({"task": {"texts": 2}}, "task: missing; give --task or task = in the file, one of kl, output"),
         ({"task": "speed"}, "task: 'speed' is unknown; accepted: kl, output"),
         ({"task": "kl:depth=3"}, "depth: the task 'kl' has no such field"),
         ({"task": "kl", "text": ["nowhere.txt"]}, "'nowhere.txt' is no file"),

@@ -76,6 +76,15 @@ def test_a_sweep_gives_every_file_and_every_cell(sweep, tmp_path):
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_not_compared_is_told_once_and_in_the_report(sweep, tmp_path):
+    told = "baseline 'bounds/none' is not among the methods"
+    _, _, stderr = sweep("--budgets", "10%", "--methods", "transform/none", "--no-plots")
+    assert stderr.count(f"warning: {told}") == 1
+    assert f"- {told}" in (tmp_path / "out" / "report.md").read_text()
+    _, _, stderr = sweep(*ONE, "--no-plots")
+    assert "is not among" not in stderr + (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_parts_of_the_positions_have_the_mean_of_all_of_them(sweep, tmp_path):
     code, _, _ = sweep("--budgets", "10%", "--methods", "bounds/none", "--no-plots", task="kl:parts=3")
     values = {row["metric"]: row["value"] for row in rows(tmp_path / "out") if row["method"] == "bounds/none"}
@@ -91,7 +100,7 @@ def test_positions_that_cannot_be_cut_into_equal_parts_are_refused(sweep, no_wei
     assert f"positions: {POSITIONS} cannot be cut into 4 equal parts" in stderr
 
 
-def test_the_figures_are_those_of_stepping_one_text_alone(sweep, tmp_path, text):
+def test_the_figures_of_a_batch_are_those_of_its_texts_one_by_one(sweep, tmp_path, text):
     sweep(*ONE, "--batch", "2", "--no-plots")
     loaded = load_model(resolve("tiny"), dtype="float32", device="cpu")
     Runtime(loaded, RuntimeConfig())
