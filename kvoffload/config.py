@@ -222,6 +222,17 @@ class RuntimeConfig(BaseModel):
         own = () if self.layer_budgets is None else (read_layer_budgets(self.layer_budgets),)
         return own + tuple(found for config in self.completion if (found := config.calibration) is not None)
 
+    @property
+    def doubts(self) -> list[str]:
+        """What files were calibrated with and this configuration has differently; they can be used all the same."""
+        here = {"page_size": self.page_size, "selector": self.selector.model_dump_json()}
+        return [
+            f"{str(found.path)!r} was calibrated with {name} {was} and is used with {here[name]}"
+            for found in self.calibrations
+            for name in here
+            if (was := found.header.options.get(name, here[name])) != here[name]
+        ]
+
     @cached_property
     def _shares(self) -> tuple[float, ...]:
         return () if self.layer_budgets is None else layer_shares(read_layer_budgets(self.layer_budgets))

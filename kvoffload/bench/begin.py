@@ -50,6 +50,8 @@ def begin(settings: Settings, flags: Mapping[str, Any], output: Output, *, conte
     model_config = load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
     check_calibrations(settings.calibrations, source)
+    for doubt in config.doubts:
+        output.view.warn(doubt)
     limits = find_limits(device, settings.nvme_dir, with_disk=config.offload == "nvme")
     limits = _limit(limits, device, flags.get("device_max"))
     n_bytes = weight_bytes(model_config, dtype, trust_remote_code=settings.trust_remote_code)

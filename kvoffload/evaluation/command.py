@@ -51,9 +51,11 @@ def run_sweep(
         check_plots()
     source = resolve(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     device, model_config = pick_device(spec.device), load_config(source)
-    for cell in make_cells(spec):
-        check_calibrations(cell.config.calibrations if cell.config else (), source)
-    view = ProgressView(console, quiet=False)
+    view, configs = ProgressView(console, quiet=False), [cell.config for cell in make_cells(spec) if cell.config]
+    for config in configs:
+        check_calibrations(config.calibrations, source)
+    for doubt in dict.fromkeys(doubt for config in configs for doubt in config.doubts):
+        view.warn(doubt)
     limit = int(model_config.get_text_config(decoder=True).max_position_embeddings)
     if max(spec.contexts) > limit:
         view.warn(f"a context of {max(spec.contexts):,} tokens is beyond the {limit:,} that the model was made for")

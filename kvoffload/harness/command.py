@@ -53,7 +53,7 @@ def run_eval(given: Mapping[str, Any], config: Path | None, out: TextIO, console
         raise UsageError("eval needs lm-eval: pip install 'kvoffload[eval]'")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default of every task
     view = ProgressView(console, quiet=settings.quiet)
-    source, device = check_machine(settings)
+    source, device = check_machine(settings, view)
     with view.showing():
         tokenizer = load_tokenizer(source, view.load)
         known = task_manager(settings, source)

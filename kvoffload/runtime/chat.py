@@ -140,7 +140,7 @@ class Chat:
 
 def _load(settings: Settings, view: ProgressView) -> LoadedModel:
     """Everything that can be refused is refused before the weights load, the session included."""
-    source, device = check_machine(settings)
+    source, device = check_machine(settings, view)
     model_config = load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
     found = find_session(settings, source, model_config, dtype, view)

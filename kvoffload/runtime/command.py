@@ -128,8 +128,9 @@ def show_config(settings: Settings, out: TextIO) -> int:
     return 0
 
 
-def check_machine(settings: Settings, ranks: Ranks = ALONE) -> tuple[ModelSource, torch.device]:
-    """The model and the device, after everything that can be checked without weights and prompt."""
+def check_machine(settings: Settings, view: ProgressView, ranks: Ranks = ALONE) -> tuple[ModelSource, torch.device]:
+    """The model and the device, after everything that can be checked without weights and prompt; what is only doubtful
+    is a warning."""
     source = _source(settings)
     device = ranks.device(settings.device) if ranks.several else pick_device(settings.device)
     if settings.offload == "nvme" and (reason := available_engines()[settings.io_engine]):
@@ -138,6 +139,8 @@ def check_machine(settings: Settings, ranks: Ranks = ALONE) -> tuple[ModelSource
     ranks.check_model(model_config)
     _plan(settings, source, model_config, device, 1 + settings.max_new_tokens, 1, ranks).check()
     check_calibrations(settings.calibrations, source)
+    for doubt in settings.doubts:
+        view.warn(doubt)
     return source, device
 
 
@@ -147,7 +150,7 @@ def accept(settings: Settings, view: ProgressView, ranks: Ranks = ALONE) -> Job:
     if settings.session is not None:
         refuse_files(ranks)
     text = prompt_text(settings, optional=has_session(settings))
-    source, device = check_machine(settings, ranks)
+    source, device = check_machine(settings, view, ranks)
     model_config = load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
     found = find_session(settings, source, model_config, dtype, view)

@@ -53,7 +53,7 @@ def run_serve(given: Mapping[str, Any], config: Path | None, console: Console) -
     settings = load_settings_of(ServeSettings, given, config)
     _check_alone(settings)
     view = ProgressView(console, quiet=settings.quiet)
-    source, device = check_machine(settings)
+    source, device = check_machine(settings, view)
     with bind(settings.host, settings.port) as listener:
         with view.showing():
             tokenizer = load_tokenizer(source, view.load)

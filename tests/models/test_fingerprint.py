@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import family_model
 
+from kvoffload import cli
 from kvoffload.completion.calibrated import Calibration, write_calibration
 from kvoffload.completion.feature_maps import MapWeights
 from kvoffload.config import RuntimeConfig
@@ -22,14 +23,14 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def maps_for(weights, path, n_layers=4):
+def maps_for(weights, path, n_layers=4, **more):
     """Maps of zeros for the tiny llama."""
     tensors = {}
     for layer in range(n_layers):
         tensors |= MapWeights(
             torch.zeros(2, 1, 4, 16), torch.zeros(2, 1, 4), torch.zeros(2, 2, 4, 16), torch.zeros(2, 2, 4)
         ).tensors(layer)
-    options = {"family": "exp", "features": 4}
+    options = {"family": "exp", "features": 4, **more}
     figures = {layer: {"output": 0.0} for layer in range(n_layers)}
     write_calibration(
         path,
@@ -79,6 +80,33 @@ def test_its_own_file_is_accepted_by_every_way_in(folder, tmp_path):
     completion = maps_for(weights_hash(resolve(str(folder))), tmp_path / "phi.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     Runtime(None, RuntimeConfig(completion=completion, page_size=4)).attach(model).close()
+
+
+def test_another_page_size_or_selector_is_a_doubt_and_no_refusal(tmp_path):
+    made = RuntimeConfig(page_size=8, selector="quantized:bits=4")
+    options = {"page_size": 8, "selector": made.selector.model_dump_json()}
+    fields = {"completion": maps_for("0" * 32, tmp_path / "phi.safetensors", **options)}
+    assert RuntimeConfig(**fields, page_size=8, selector="quantized:bits=4").doubts == []
+    assert [doubt.partition("calibrated ")[2] for doubt in RuntimeConfig(**fields).doubts] == [
+        "with page_size 8 and is used with 16",
+        'with selector {"kind":"quantized","bits":4,"group":64} and is used with {"kind":"transform","bits":2.25}',
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate -p x --max-new-tokens 1 --model tiny --device cpu --quiet --completion {phi}",
+        "sweep --model tiny --task kl --text {text} --contexts 120 --texts 1 --positions 2 --budgets 10% --methods "
+        "transform/{phi};transform/{phi}@pool=none --no-plots --out {out}",
+    ],
+)
+def test_a_doubt_is_one_warning_of_a_command(tmp_path, capsys, words):
+    (tmp_path / "text.txt").write_text("some words " * 40)
+    phi = maps_for(weights_hash(resolve("tiny")), tmp_path / "phi.safetensors", page_size=64)
+    told = words.format(phi=phi, text=tmp_path / "text.txt", out=tmp_path / "out")
+    assert cli.run(told.split()) == 0
+    assert capsys.readouterr().err.count("was calibrated with page_size 64 and is used with 16") == 1
 
 
 def test_a_model_that_came_from_no_file_is_refused(tmp_path):
