@@ -38,6 +38,8 @@ from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.terminal import ProgressView, write_table
 from kvoffload.settings import Settings
 
+_OF_COMPLETIONS = ("queries", "budgets", "features", "family", "key_maps", "steps", "rate", "seed", "host_max")
+
 
 def run_calibrate(
     settings: Settings, given: dict[str, Any], data: Sequence[Path], file: Path, out: TextIO, console: Console
@@ -46,6 +48,7 @@ def run_calibrate(
     every layer go to ``out``, as a table or as one JSON object."""
     view = ProgressView(console, quiet=settings.quiet)
     by_layer = bool(given.get("by_layer"))
+    _refuse_unused(given, _OF_COMPLETIONS if by_layer else ("budget",), by_layer=by_layer)
     completion = settings.completion[0] if by_layer else _completion(settings)
     options = parse_options(completion.model_dump(), given)
     if not by_layer:
@@ -55,7 +58,8 @@ def run_calibrate(
     source = resolve(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     device, model_config = pick_device(settings.device), load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
-    options.check(settings.runtime(), int(model_config.get_text_config(decoder=True).max_position_embeddings))
+    check = options.check_by_layer if by_layer else options.check
+    check(settings.runtime(), int(model_config.get_text_config(decoder=True).max_position_embeddings))
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise UsageError(f"out: {str(file.parent)!r} is no folder that can be written to")
     with view.showing():
@@ -82,6 +86,13 @@ def run_calibrate(
             done = calibrate(_job(loaded, sequences, settings, completion, options), state, show)
     _report(settings, file, done, out)
     return 0
+
+
+def _refuse_unused(given: dict[str, Any], names: Sequence[str], *, by_layer: bool) -> None:
+    """Raises UsageError for flags that this kind of calibration would not look at."""
+    if unused := [name for name in names if given.get(name) is not None]:
+        told = "--by-layer measures under --budget and learns nothing" if by_layer else "only --by-layer looks at it"
+        raise UsageError(f"{', '.join(unused)}: {told}; leave it out")
 
 
 def _job(

@@ -54,13 +54,21 @@ class CalibrationOptions(BaseModel):
 
     def check(self, config: RuntimeConfig, max_context: int) -> None:
         """Raises UsageError for a context that is longer than the model's or that leaves no pages to speak of."""
+        first = int(query_runs(self.context, self.queries)[0, 0])
+        self._check(first + 1, f"the {self.queries} queries", config, max_context)
+
+    def check_by_layer(self, config: RuntimeConfig, max_context: int) -> None:
+        """The same where budgets are measured by layer, on the last two pages."""
+        self._check(self.context - 2 * config.page_size, "the last two pages", config, max_context)
+
+    def _check(self, n_before: int, tried: str, config: RuntimeConfig, max_context: int) -> None:
         if self.context > max_context:
             raise UsageError(f"context: {self.context} is beyond the model's {max_context} tokens")
-        n_pages = n_pages_at(int(query_runs(self.context, self.queries)[0, 0]) + 1, config)
+        n_pages = n_pages_at(n_before, config)
         if n_pages < _MIN_PAGES:
             raise UsageError(
                 f"context: {self.context} tokens leave {n_pages} pages of {config.page_size} between {config.sinks} "
-                f"sinks and the window before the {self.queries} queries; at least {_MIN_PAGES} are needed"
+                f"sinks and the window before {tried}; at least {_MIN_PAGES} are needed"
             )
 
     def identity(self) -> dict[str, int | float | str]:

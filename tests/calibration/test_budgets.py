@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvoffload import cli
-from kvoffload.calibration import budgets
+from kvoffload.calibration import budgets, command
 from kvoffload.completion.calibrated import read_all
 from kvoffload.config import RuntimeConfig
 from kvoffload.evaluation.divergence import DivergenceTask
@@ -17,7 +17,7 @@ FLAGS = [part for name, value in ANCHORS.items() for part in ("--" + name.replac
 
 def by_layer(text, out, *more, quiet=True):
     base = ["calibrate", "--by-layer", "--model", "tiny", "--data", str(text), "--out", str(out)]
-    sizes = ["--context", "200", "--sequences", "2", "--queries", "16", "--budget", "10%", "--device", "cpu"]
+    sizes = ["--context", "200", "--sequences", "2", "--budget", "10%", "--device", "cpu"]
     return cli.run([*base, *sizes, *FLAGS, *["--quiet"] * quiet, *more])
 
 
@@ -69,3 +69,17 @@ def test_progress_is_told_for_every_sequence(text, tmp_path, capsys):
         "sequence 1 of 2",
         "sequence 2 of 2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--budgets", "1%"], "budgets: --by-layer measures under --budget and learns nothing; leave it out"),
+        (["--features", "64", "--family", "exp", "--steps", "300"], "features, family, steps: --by-layer"),
+        (["--context", "30"], "30 tokens leave 2 pages of 4 between 4 sinks and the window before the last two pages"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(text, tmp_path, capsys, monkeypatch, flags, told):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert by_layer(text, tmp_path / "b.st", *flags) == 2
+    assert told in capsys.readouterr().err

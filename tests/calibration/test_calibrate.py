@@ -167,6 +167,7 @@ def test_the_report_is_one_json_object(text, tmp_path, capsys):
         (["--data", "missing.txt"], "'missing.txt' cannot be read"),
         (["--budgets", "many"], "budgets"),
         (["--rate", "0"], "rate"),
+        (["--budget", "2%"], "budget: only --by-layer looks at it"),
     ],
 )
 def test_bad_input_is_refused_before_the_weights_load(text, tmp_path, capsys, monkeypatch, flags, told):
