@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from divergence import DivergenceTask
 
 from kvoffload import cli
 from kvoffload.calibration import budgets, command
 from kvoffload.completion.calibrated import read_all
 from kvoffload.config import RuntimeConfig
-from kvoffload.evaluation.divergence import DivergenceTask
 from kvoffload.layer_budgets import LADDER
 from kvoffload.models.catalog import load_model, resolve
 

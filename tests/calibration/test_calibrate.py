@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from divergence import DivergenceTask
 from safetensors.torch import load_file
 
 from kvoffload import cli
@@ -13,7 +14,6 @@ from kvoffload.calibration import command, run
 from kvoffload.calibration.run import State
 from kvoffload.completion.calibrated import read_calibration
 from kvoffload.config import RuntimeConfig
-from kvoffload.evaluation.divergence import DivergenceTask
 from kvoffload.models.catalog import load_model, resolve
 from kvoffload.runtime.engine import Runtime
 

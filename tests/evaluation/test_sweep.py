@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
+from divergence import DivergenceTask
 
 from kvoffload import cli
 from kvoffload.config import RuntimeConfig
 from kvoffload.evaluation import command, plots
 from kvoffload.evaluation.cells import Family, make_cells
-from kvoffload.evaluation.divergence import DivergenceTask
 from kvoffload.evaluation.results import read_results
 from kvoffload.evaluation.spec import Shard, load_spec
 from kvoffload.evaluation.sweep import share

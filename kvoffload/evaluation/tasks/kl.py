@@ -9,12 +9,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvoffload.config import RuntimeConfig
-from kvoffload.evaluation.divergence import dense_log_probabilities
 from kvoffload.evaluation.tasks.base import Batch, Cost, Measured, Metric, Record
 from kvoffload.evaluation.tasks.continuation import ContinuationBatch, ContinuationTask, OpenContinuation
 from kvoffload.evaluation.teacher import teacher_forced
 from kvoffload.evaluation.texts import Piece
 from kvoffload.models.catalog import LoadedModel
+from kvoffload.models.self_test import own_attention, switch_attention
+
+_BLOCK = 256  # rows of logits that are fp32 at a time
 
 
 class KlTask(ContinuationTask):
@@ -104,6 +106,18 @@ class OpenKl(OpenContinuation):
 
     def _record(self, i: int, **values: float) -> Record:
         return Record(self.batch.samples[i], values, n=self.continuation.shape[1])
+
+
+@torch.inference_mode()
+def dense_log_probabilities(model: Any, token_ids: list[int], n_steps: int) -> Tensor:
+    """The model's own attention over everything at once: fp32 [n_steps, vocabulary] in host memory, after each
+    continuation token."""
+    before = switch_attention(model)
+    model.set_attn_implementation(own_attention(model, before))
+    ids = torch.tensor([token_ids], device=model.device)
+    logits: Tensor = model(ids, use_cache=False, logits_to_keep=n_steps).logits[0]
+    switch_attention(model)
+    return torch.cat([block.float().log_softmax(-1).cpu() for block in logits.split(_BLOCK)])
 
 
 def _surprise(log_probabilities: Tensor, continuation: Tensor, first: int) -> Tensor:

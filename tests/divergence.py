@@ -1,20 +1,16 @@
-"""Teacher-forced divergence from dense attention: every token goes through the runtime, its logits are compared with
-the model's."""
+"""Teacher-forced divergence of one text from dense attention, by a session and without the tasks of a sweep."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvoffload.config import RuntimeConfig
+from kvoffload.evaluation.tasks.kl import dense_log_probabilities
 from kvoffload.evaluation.teacher import teacher_forced
 from kvoffload.models.catalog import LoadedModel
-from kvoffload.models.self_test import own_attention, switch_attention
 from kvoffload.runtime.session import Session
 from kvoffload.runtime.stats import Stats
-
-_BLOCK = 256  # rows of logits that are fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -28,9 +24,6 @@ class Divergence:
     n: int
     read_share: float
     charged_share: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class DivergenceTask:
@@ -69,15 +62,3 @@ def _compare(dense: Tensor, given: Tensor, stats: Stats) -> Divergence:
         read_share=stats.read_share or 0.0,
         charged_share=stats.charged_share or 0.0,
     )
-
-
-@torch.inference_mode()
-def dense_log_probabilities(model: Any, token_ids: list[int], n_steps: int) -> Tensor:
-    """The model's own attention over everything at once: fp32 [n_steps, vocabulary] in host memory, after each
-    continuation token."""
-    before = switch_attention(model)
-    model.set_attn_implementation(own_attention(model, before))
-    ids = torch.tensor([token_ids], device=model.device)
-    logits: Tensor = model(ids, use_cache=False, logits_to_keep=n_steps).logits[0]
-    switch_attention(model)
-    return torch.cat([block.float().log_softmax(-1).cpu() for block in logits.split(_BLOCK)])
