@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from kvoffload.completion.calibrated import Calibration, write_calibration
 from kvoffload.errors import UsageError
 from kvoffload.evaluation.methods import Method, cross, split_list
 from kvoffload.evaluation.spec import load_spec
+from kvoffload.layer_budgets import KIND
 
 COMMON = {"offload": "cpu", "page_size": 16}
 
@@ -157,7 +160,11 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("sweep-*.toml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_that_is_kept_is_a_sweep(file, text, tmp_path):
+def test_every_config_that_is_kept_is_a_sweep(file, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("none", "regression"):  # what sweep-layer-budgets tells to make first
+        header = Calibration(completion=KIND, model="m", weights="w", data="d", options={}, layers={})
+        write_calibration(tmp_path / f"layers.{name}.safetensors", header, {"layers.0.divergence": torch.zeros(5)})
     text.write_text('{"task": "mine", "id": "1", "prompt": "p", "answers": ["a"]}\n')
     spec = load_spec({"text": [text], "out": tmp_path}, file)
     assert {m.name for m in spec.compared} >= {spec.baseline}
