@@ -33,13 +33,16 @@ def build_app(arguments: Mapping[str, str]) -> Application:
 
 def make_engine(given: Mapping[str, Any]) -> Any:
     """The application of one replica, with a model of its own."""
+    from rich.console import Console
+
     from kvoffload.models.catalog import load_model
     from kvoffload.runtime.command import check_machine
+    from kvoffload.runtime.terminal import ProgressView
     from kvoffload.server.app import make_app
     from kvoffload.server.command import ServeSettings, build
     from kvoffload.settings import load_settings_of
 
     settings = load_settings_of(ServeSettings, given)
-    source, device = check_machine(settings)
+    source, device = check_machine(settings, ProgressView(Console(stderr=True), quiet=settings.quiet))
     loaded = load_model(source, dtype=settings.dtype, device=device)
     return make_app(build(loaded, settings))
