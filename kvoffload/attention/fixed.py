@@ -14,9 +14,9 @@ from kvoffload_kernels.dispatch import begin_step, finish_step
 from torch import Tensor
 
 from kvoffload.attention.layer import Fixed, LayerCache
-from kvoffload.attention.repeats import Capture
 from kvoffload.attention.sealing import Sealing
 from kvoffload.buffers import Room
+from kvoffload.repeats import Capture
 from kvoffload.selection.topk import list_sizes
 from kvoffload.values import Partial
 

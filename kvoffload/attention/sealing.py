@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
-from kvoffload.attention.repeats import Capture, Repeats
 from kvoffload.buffers import Room, write_range
 from kvoffload.cache.fetch import pack_pages
 from kvoffload.completion.base import Completion
+from kvoffload.repeats import Capture, Repeats
 from kvoffload.rows import join, kind
 from kvoffload.selection.base import Selector
 from kvoffload.values import Pages

@@ -14,9 +14,9 @@ from kvoffload_storage.errors import StorageError
 from kvoffload_storage.store import Moved, Store, Ticket
 from torch import Tensor
 
-from kvoffload.attention.repeats import on_host
 from kvoffload.cache.slots import Slots
 from kvoffload.geometry import Geometry
+from kvoffload.repeats import on_host
 from kvoffload.values import Pages, Selection
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
-from kvoffload.attention.repeats import Capture, Repeats
 from kvoffload.models.batch import FAILURES, Fed, batch_of, feed_together
 from kvoffload.models.cache import OffloadCache, OffloadLayer
 from kvoffload.models.compiled import Glue, fused
 from kvoffload.models.step_graph import StepGraph, Stepped
+from kvoffload.repeats import Capture, Repeats
 
 Key = tuple[tuple[int, int], ...]
 

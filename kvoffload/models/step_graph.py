@@ -15,12 +15,12 @@ from kvoffload_storage.errors import CapacityError
 from torch import Tensor
 
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
-from kvoffload.attention.repeats import Capture, Repeats, capture_of
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
 from kvoffload.models.cache import OffloadCache, OffloadLayer
 from kvoffload.models.compiled import Glue, fused
 from kvoffload.models.sampling import Sampler
+from kvoffload.repeats import Capture, Repeats, capture_of
 
 
 @dataclass(frozen=True)

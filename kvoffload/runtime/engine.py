@@ -8,7 +8,6 @@ from typing import Any, Self, TypeVar
 from kvoffload_storage.bundle import Bundle
 from pydantic import ValidationError
 
-from kvoffload.attention.repeats import capture_of
 from kvoffload.config import RuntimeConfig, SamplingConfig, explain
 from kvoffload.errors import UsageError
 from kvoffload.models.batch_graph import BatchSteps
@@ -19,6 +18,7 @@ from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.models.parallel import ALONE, Ranks, find_ranks, stage_layers
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
+from kvoffload.repeats import capture_of
 from kvoffload.runtime.events import StreamEvent
 from kvoffload.runtime.ranks import rank_config, refuse_files, with_rank_budget
 from kvoffload.runtime.saving import (

@@ -10,7 +10,6 @@ from kvoffload_storage.errors import IntegrityError
 from torch import Tensor
 
 from kvoffload.attention.prefill import prepare
-from kvoffload.attention.repeats import capture_of
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.batch import Fed
@@ -21,6 +20,7 @@ from kvoffload.models.freeze import frozen_states
 from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.models.step_graph import Replays
+from kvoffload.repeats import capture_of
 from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt

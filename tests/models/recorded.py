@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from kvoffload.attention.repeats import interruptible
+from kvoffload.repeats import interruptible
 
 aten = torch.ops.aten
 NEEDS_THE_HOST = (
