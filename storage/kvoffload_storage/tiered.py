@@ -198,7 +198,7 @@ class TieredStore(WrapperStore):
         if n_kept == 0:
             return
         slots = free[: n_kept * n_slices]
-        self.memory[torch.from_numpy(slots)] = pages[:n_kept].cpu().reshape(-1, self.shape.slice_bytes)
+        self.memory.numpy()[slots] = pages[:n_kept].cpu().reshape(-1, self.shape.slice_bytes).numpy()
         self._give(layer, np.arange(first * n_slices, (first + n_kept) * n_slices), slots)
 
     def _slots(self, layer: int) -> Int64Array:
@@ -279,7 +279,7 @@ class _TieredTicket(Ticket):
             landed[self._beside.rows] = False
             return Moved()
         moved = self._beside.ticket.wait()
-        self._out[torch.from_numpy(self._beside.rows)] = self._beside.buffer
+        self._out.numpy()[self._beside.rows] = self._beside.buffer.numpy()
         return moved
 
     def _land(self, flight: Flight) -> Moved:
@@ -295,7 +295,7 @@ class _TieredTicket(Ticket):
         again = self._read_again(lost) if lost.any() else Moved()
         there = ~store.is_busy(self._slots) & ~lost
         rows, slots = self._rows[there], self._slots[there]
-        self._out[torch.from_numpy(rows)] = store.memory[torch.from_numpy(slots)]
+        self._out.numpy()[rows] = store.memory.numpy()[slots]  # torch would take byte by byte
         mine = [flight.slots for flight in self._mine]
         n_hits = len(slots) - (int(np.isin(slots, np.concatenate(mine)).sum()) if mine else 0)
         return again + Moved(cpu=n_hits * store.shape.slice_bytes)
