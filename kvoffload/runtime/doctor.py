@@ -134,6 +134,7 @@ def _look_at_disk(folder: Path, seconds: float) -> tuple[dict[str, Any], Feature
         "write_mb_s": round(speed.write_mb_s),
         "read_mb_s": round(speed.read_mb_s),
         "read_iops": round(speed.read_iops),
+        "read_unit": format_size(speed.read_unit),
     }
     return found, Feature(speed.direct, speed.direct_note)
 

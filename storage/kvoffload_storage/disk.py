@@ -20,15 +20,18 @@ WRITE_BYTES = 1 << 20
 READ_BYTES = 64 << 10
 READ_DEPTH = 8
 MAX_FILE_BYTES = 256 << 20
+MAX_UNIT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """Sequential writes of 1 MiB, one at a time, and random reads of 64 KiB, eight in flight; MB is 10^6 bytes."""
+    """Sequential writes of 1 MiB, one at a time, and random reads of 64 KiB, eight in flight; MB is 10^6 bytes. A read
+    of ``read_unit`` bytes, a power of two, takes no longer for being a read than for its bytes."""
 
     write_mb_s: float
     read_mb_s: float
     read_iops: float
+    read_unit: int
     direct: bool
     direct_note: str
 
@@ -72,13 +75,25 @@ def measure_disk(directory: Path, seconds: float = 0.5) -> DiskSpeed:
         file = PageFile(path, os.open(path, flags, 0o600), PageLayout(1, READ_BYTES), direct=direct)
         try:
             n_bytes, write_s = _write(file, seconds)
-            n_reads, read_s = _read(file, n_bytes, seconds)
+            small_s = _read(file, n_bytes, BLOCK_BYTES, seconds / 2)
+            read_s = _read(file, n_bytes, READ_BYTES, seconds / 2)
         except OSError as error:
             raise storage_error(error, path, WRITE_BYTES) from error
         finally:
             file.close()
-    iops = n_reads / read_s
-    return DiskSpeed(n_bytes / write_s / 1e6, iops * READ_BYTES / 1e6, iops, direct, note)
+    unit = read_unit(small_s, read_s)
+    return DiskSpeed(n_bytes / write_s / 1e6, READ_BYTES / read_s / 1e6, 1 / read_s, unit, direct, note)
+
+
+def read_unit(small_s: float, large_s: float) -> int:
+    """``DiskSpeed.read_unit`` from the seconds that a read of 4 KiB and one of 64 KiB take: a part for being a read and
+    a part for each byte. From 4 KiB to 1 MiB."""
+    byte_s = max(large_s - small_s, 0.0) / (READ_BYTES - BLOCK_BYTES)
+    own_s = max(small_s - BLOCK_BYTES * byte_s, 0.0)
+    unit = BLOCK_BYTES
+    while unit < MAX_UNIT_BYTES and unit * byte_s < own_s:
+        unit *= 2
+    return unit
 
 
 def _try_direct(path: Path) -> tuple[bool, str]:
@@ -112,22 +127,21 @@ def _write(file: PageFile, seconds: float) -> tuple[int, float]:
     return n_bytes, time.perf_counter() - start
 
 
-def _read(file: PageFile, n_bytes: int, seconds: float) -> tuple[int, float]:
-    """Reads done and the time they took, in batches of eight per thread."""
+def _read(file: PageFile, n_bytes: int, size: int, seconds: float) -> float:
+    """Seconds a random read of ``size`` bytes takes, in batches of eight per thread."""
     engine = build_engine("threads", n_threads=READ_DEPTH)
     n_batch = 8 * READ_DEPTH
-    memory = aligned_empty(n_batch * READ_BYTES).numpy().reshape(n_batch, READ_BYTES)
+    memory = aligned_empty(n_batch * size).numpy().reshape(n_batch, size)
     random = np.random.default_rng(1)
     n_reads, start = 0, time.perf_counter()
     try:
         while not n_reads or time.perf_counter() - start < seconds:
-            offsets = random.integers(0, n_bytes // READ_BYTES, n_batch) * READ_BYTES
+            offsets = random.integers(0, n_bytes // size, n_batch) * size
             jobs = [
-                ReadJob(offset, READ_BYTES, (row,), (0,), True)
-                for offset, row in zip(offsets.tolist(), memory, strict=True)
+                ReadJob(offset, size, (row,), (0,), True) for offset, row in zip(offsets.tolist(), memory, strict=True)
             ]
             engine.read(file, jobs).result()
             n_reads += n_batch
-        return n_reads, time.perf_counter() - start
+        return (time.perf_counter() - start) / n_reads
     finally:
         engine.close()

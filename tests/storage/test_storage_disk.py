@@ -46,8 +46,18 @@ def test_a_measurement_is_short_and_leaves_nothing(tmp_path: Path, monkeypatch: 
     speed = measure_disk(tmp_path, seconds=0.01)
     assert min(speed.write_mb_s, speed.read_mb_s, speed.read_iops) > 0
     assert speed.read_mb_s == pytest.approx(speed.read_iops * 65536 / 1e6)
+    assert 4096 <= speed.read_unit <= 1 << 20
     assert list(tmp_path.iterdir()) == []
     assert free_bytes(tmp_path) > 0
+
+
+@pytest.mark.parametrize(
+    ("own_us", "mb_s", "unit"),
+    [(0, 800, 4 << 10), (10, 800, 8 << 10), (10.7, 880, 16 << 10), (100, 800, 128 << 10), (80_000, 150, 1 << 20)],
+)
+def test_the_unit_of_reads_is_where_their_bytes_take_as_long_as_they_do(own_us: float, mb_s: float, unit: int) -> None:
+    small_s, large_s = (own_us * 1e-6 + size / (mb_s * 1e6) for size in (4 << 10, 64 << 10))
+    assert disk.read_unit(small_s, large_s) == unit
 
 
 def test_a_disk_that_fails_while_measured_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
