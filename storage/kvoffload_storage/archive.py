@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -21,9 +22,12 @@ _PIECE = 8 << 20
 def export_bundle(path: Path, out: Path) -> int:
     """Write the session to the new file ``out``, mode 0600, complete or not at all; its bytes."""
     bundle = open_bundle(path, direct=False)
-    temporary = out.with_name(f"{out.name}.tmp")
+    temporary: Path | None = None
     try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        fd, made = tempfile.mkstemp(
+            prefix=f"{out.name}.", suffix=".tmp", dir=out.absolute().parent
+        )  # nobody's file yet
+        temporary = Path(made)
         with os.fdopen(fd, "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for name, source, n_bytes in _members(bundle):
@@ -35,7 +39,8 @@ def export_bundle(path: Path, out: Path) -> int:
     except OSError as error:
         raise storage_error(error, out, bundle.manifest.page_bytes) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         bundle.close()
 
 

@@ -78,7 +78,7 @@ class Manifest(_Part):
     checksums: ChecksumsEntry
     state: StateEntry
     pinned: bool
-    saved_at: float
+    saved_at: Annotated[float, Field(ge=0, le=253_402_214_400)]  # seconds, up to the year 9999
     session: dict[str, Any]
 
     @property

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -13,6 +14,8 @@ from .bundle_format import is_known
 from .errors import UnavailableError
 
 PAGES, NEW, REMOVED = "kvoffload-pages-", "kvoffload-new-", "kvoffload-rm-"
+# As they are made; a session's name ends with .kvo.
+_TEMPORARY = re.compile(f"({PAGES}|{NEW}|{REMOVED})[a-z0-9_]{{8,16}}")
 
 
 class FolderLock:
@@ -80,7 +83,7 @@ def sweep(parent: Path) -> list[str]:
 
 def _temporary(parent: Path) -> list[str]:
     try:
-        return [name for name in os.listdir(parent) if name.startswith((PAGES, NEW, REMOVED))]
+        return [name for name in os.listdir(parent) if _TEMPORARY.fullmatch(name)]
     except OSError as error:
         raise UnavailableError(f"{parent}: {error.strerror}") from error
 

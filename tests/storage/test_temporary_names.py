@@ -1,0 +1,21 @@
+"""What is swept away is what was made to be: no session is, whatever its name."""
+
+from pathlib import Path
+
+import pytest
+from kvoffload_storage.locks import NEW, PAGES, REMOVED, make_locked, sweep
+
+
+@pytest.mark.parametrize("prefix", [PAGES, NEW, REMOVED])
+def test_a_session_with_the_name_of_something_temporary_is_kept(tmp_path: Path, prefix: str) -> None:
+    session = tmp_path / f"{prefix}book.kvo"
+    session.mkdir()
+    made, lock = make_locked(tmp_path, prefix)
+    lock.release()
+    assert sweep(tmp_path) == [made.name]
+    assert session.is_dir()
+
+
+def test_removed_sessions_are_swept_by_their_longer_names(tmp_path: Path) -> None:
+    (tmp_path / f"{REMOVED}0123456789abcdef").mkdir()
+    assert sweep(tmp_path) == [f"{REMOVED}0123456789abcdef"]
