@@ -6,6 +6,7 @@ captured.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,37 +18,28 @@ from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
 from kvoffload.models.batch import FAILURES, Fed, batch_of, feed_together
 from kvoffload.models.cache import OffloadCache, OffloadLayer
 from kvoffload.models.compiled import Glue, fused
-from kvoffload.models.step_graph import StepGraph, Stepped
-from kvoffload.repeats import Capture, Repeats
+from kvoffload.models.step_graph import Replayed, StepGraph, Stepped
+from kvoffload.repeats import Capture
 
 Key = tuple[tuple[int, int], ...]
 
 
-class BatchSteps:
+class BatchSteps(Replayed):
     """The shared steps of sequences of one model. Without ``capture`` they are plain forwards. In those that can be
     captured the sequences' attention is spread over ``n_branches`` streams, and with ``glue`` the model's small
-    operations are compiled. ``n_replays`` counts the steps that were replays, ``refusal`` says why none are any
-    more."""
+    operations are compiled."""
 
     def __init__(
         self, model: Any, capture: Capture | None, *, room_tokens: int = ROOM_TOKENS, n_branches: int = 1,
         glue: Glue | None = None,
     ) -> None:  # fmt: skip
+        super().__init__(capture)
         self._model, self._capture, self._room_tokens, self._glue = model, capture, room_tokens, glue
         self._branches = tuple(torch.cuda.Stream(model.device) for _ in range(n_branches if n_branches > 1 else 0))
         self._fixed: WeakKeyDictionary[OffloadCache, FixedSteps] = WeakKeyDictionary()
         self._numbers: WeakKeyDictionary[OffloadCache, int] = WeakKeyDictionary()  # an id would come again
         self._count = count()
-        self._repeats: Repeats[Stepped] = Repeats(capture)
         self._inputs = torch.zeros(2, 0, 1, dtype=torch.int64)  # what a replay reads its tokens and positions from
-
-    @property
-    def n_replays(self) -> int:
-        return self._repeats.n_replays
-
-    @property
-    def refusal(self) -> str:
-        return self._repeats.refusal
 
     @torch.inference_mode()
     def feed(self, caches: Sequence[OffloadCache], tokens: Sequence[int]) -> list[Fed | BaseException]:
@@ -72,8 +64,9 @@ class BatchSteps:
                 self._fixed[cache] = FixedSteps(cache.offloaded, room_tokens=self._room_tokens, capture=self._capture)
                 self._numbers[cache] = next(self._count)
             try:
-                if self._fixed[cache].advance():
-                    fixed.append(i)
+                with cache.whole_step():
+                    if self._fixed[cache].advance():
+                        fixed.append(i)
             except FAILURES as error:
                 outcomes[i] = error
         return fixed
@@ -82,7 +75,10 @@ class BatchSteps:
         steps = [self._fixed[cache] for cache in caches]
         key = tuple((self._numbers[cache], fixed.version) for cache, fixed in zip(caches, steps, strict=True))
         inputs = torch.tensor([tokens, [cache.get_seq_length() for cache in caches]])[..., None]
-        stepped = self._run(key, caches, inputs)
+        with ExitStack() as whole:
+            for cache in caches:
+                whole.enter_context(cache.whole_step())
+            stepped = self._run(key, caches, inputs)
         for cache, fixed in zip(caches, steps, strict=True):
             fixed.finish()
             for layer in cache.layers:

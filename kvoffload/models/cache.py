@@ -171,7 +171,7 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         self.n_offloaded = len(unbounded)
         self.config, self.exact, self.stepping, self.rectifies, self.fixed = config, False, False, False, False
         self.policies = [policy.build() for policy in config.policy]
-        self.broken_off = False  # a step of fixed shapes was, and some layers have no KV of its token
+        self.broken_off = False  # a step of fixed shapes was, and layers do not agree
         self.anew, self.intake = Anew(self.policies), Intake(self.n_offloaded, self.freezing)
         if self.anew.is_wanted and self.n_offloaded < len(self.layers):
             raise UsageError("policy: layers with bounded KV (sliding windows) do not allow to compute tokens anew")
@@ -188,6 +188,15 @@ class OffloadCache(OneSequenceARow, DynamicCache):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """What a step of fixed shapes does in all layers: where the block fails, some of them lack what others have."""
+        try:
+            yield
+        except BaseException:
+            self.broken_off = True
+            raise
 
     @property
     def offloaded(self) -> list[LayerCache]:

@@ -32,20 +32,12 @@ class Stepped:
     picked: Tensor
 
 
-class StepGraph:
-    """The decode steps of one cache whose layers have all begun. ``n_replays`` counts those that were replays;
-    ``refusal`` says why none are any more, if the model's steps could not be captured. With ``glue`` their small
-    operations are compiled."""
+class Replayed:
+    """Steps that are captured and replayed. ``n_replays`` counts those that were replays; ``refusal`` says why none are
+    any more, if they could not be captured."""
 
-    def __init__(
-        self, model: Any, cache: OffloadCache, capture: Capture, *, room_tokens: int = ROOM_TOKENS,
-        glue: Glue | None = None,
-    ) -> None:  # fmt: skip
-        self._model, self.cache, self._glue = model, cache, glue
+    def __init__(self, capture: Capture | None) -> None:
         self._repeats: Repeats[Stepped] = Repeats(capture)
-        self._steps = FixedSteps(cache.offloaded, room_tokens=room_tokens, capture=capture)
-        shape = (cache.offloaded[0].geometry.n_sequences, 1)
-        self._ids, self._positions = (torch.zeros(shape, dtype=torch.int64, device=model.device) for _ in range(2))
 
     @property
     def n_replays(self) -> int:
@@ -54,6 +46,20 @@ class StepGraph:
     @property
     def refusal(self) -> str:
         return self._repeats.refusal
+
+
+class StepGraph(Replayed):
+    """The decode steps of one cache whose layers have all begun. With ``glue`` their small operations are compiled."""
+
+    def __init__(
+        self, model: Any, cache: OffloadCache, capture: Capture, *, room_tokens: int = ROOM_TOKENS,
+        glue: Glue | None = None,
+    ) -> None:  # fmt: skip
+        self._model, self.cache, self._glue = model, cache, glue
+        super().__init__(capture)
+        self._steps = FixedSteps(cache.offloaded, room_tokens=room_tokens, capture=capture)
+        shape = (cache.offloaded[0].geometry.n_sequences, 1)
+        self._ids, self._positions = (torch.zeros(shape, dtype=torch.int64, device=model.device) for _ in range(2))
 
     @staticmethod
     def possible(cache: OffloadCache) -> bool:
@@ -64,15 +70,12 @@ class StepGraph:
     def step(self, ids: Tensor | int, position: Tensor | int, sampler: Sampler | None = None) -> Stepped | None:
         """Decode int64 [B, 1] (or one id for all) at these positions, and pick what comes next, the likeliest without a
         sampler. None, and nothing was done, where the step cannot have fixed shapes."""
-        if self.refusal or not self._advance():
-            return None
-        for buffer, new in ((self._ids, ids), (self._positions, position)):
-            buffer.copy_(new) if isinstance(new, Tensor) else buffer.fill_(new)
-        try:
+        with self.cache.whole_step():
+            if self.refusal or not self._advance():
+                return None
+            for buffer, new in ((self._ids, ids), (self._positions, position)):
+                buffer.copy_(new) if isinstance(new, Tensor) else buffer.fill_(new)
             stepped = self._run(None if sampler is None or sampler.greedy else sampler)
-        except BaseException:
-            self.cache.broken_off = True  # the host's work in a replay failed, or was interrupted
-            raise
         self._steps.finish()
         for layer in self.cache.layers:
             if isinstance(layer, OffloadLayer) and layer.kv is not None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kvoffload_storage.errors import CapacityError
 from torch.testing import assert_close
 
 from kvoffload.config import SamplingConfig
-from kvoffload.errors import KvoffloadError
+from kvoffload.errors import KvoffloadError, OutOfRoomError
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from recorded import record
@@ -161,6 +162,26 @@ def test_what_a_failed_replay_leaves_is_not_saved(pair, monkeypatch, tmp_path):
     monkeypatch.setattr(fetch.store, "read_slices", fail)
     with pytest.raises(OSError, match="Input/output error"):
         replayed.step(3)
+    monkeypatch.undo()
+    with pytest.raises(KvoffloadError, match="a forward was broken off"):
+        replayed.save(tmp_path / "a.kvo")
+
+
+@pytest.mark.parametrize("offload", ["cpu", "nvme"])
+def test_what_a_failed_seal_leaves_is_not_saved(pair, monkeypatch, tmp_path, offload):
+    replayed, _ = pair(offload=offload, budget="10%")
+    generated(replayed, 6)
+    store = replayed.cache.stores[0]
+    append = store.append
+
+    def full(layer, pages):
+        if layer == 1:
+            raise CapacityError("no room")
+        return append(layer, pages)
+
+    monkeypatch.setattr(store, "append", full)
+    with pytest.raises(OutOfRoomError, match="no room"):
+        generated(replayed, 20)
     monkeypatch.undo()
     with pytest.raises(KvoffloadError, match="a forward was broken off"):
         replayed.save(tmp_path / "a.kvo")
