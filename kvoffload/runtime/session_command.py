@@ -114,8 +114,8 @@ def run_export(path: Path, target: Path, out: TextIO) -> int:
 
 def run_import(archive: Path, path: Path, out: TextIO) -> int:
     with _told():
-        manifest = import_bundle(archive, path)
-    out.write(f"{path}: {manifest.session.get('n_tokens', 0):,} tokens\n")
+        manifest = import_bundle(archive, path, lambda session: describe(session, archive))
+    out.write(f"{path}: {manifest.session['n_tokens']:,} tokens\n")
     return 0
 
 

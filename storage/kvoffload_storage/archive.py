@@ -3,16 +3,16 @@
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .bundle import Bundle, open_bundle
 from .bundle_check import damaged_pages
 from .bundle_format import MANIFEST_MAX_BYTES, MANIFEST_NAME, Manifest, decode_manifest
 from .errors import IntegrityError, UnavailableError
 from .format import layer_file_name, layout_of
-from .locks import NEW, sweep, temporary_folder
+from .locks import NEW, refuse_temporary, sweep, temporary_folder
 from .page_file import storage_error
 from .private_files import sync_folder
 
@@ -44,10 +44,14 @@ def export_bundle(path: Path, out: Path) -> int:
         bundle.close()
 
 
-def import_bundle(archive: Path, path: Path) -> Manifest:
-    """Make the session ``path`` from an exported file, after every byte of it was verified."""
+def import_bundle(
+    archive: Path, path: Path, check: Callable[[dict[str, Any]], object] = lambda session: None
+) -> Manifest:
+    """Make the session ``path`` from an exported file, after every byte of it was verified; ``check`` raises where what
+    the manifest says of the session is nothing that its reader knows."""
     if path.exists() or path.is_symlink():
         raise UnavailableError(f"{path}: exists already")
+    refuse_temporary(path)
     parent = path.absolute().parent
     sweep(parent)
     try:
@@ -55,6 +59,7 @@ def import_bundle(archive: Path, path: Path) -> Manifest:
             _unpack(archive, folder)
             bundle = open_bundle(folder, direct=False)
             bundle.close_after(damaged_pages(bundle))
+            check(bundle.manifest.session)
             os.rename(folder, path)
             sync_folder(parent)
             return bundle.manifest

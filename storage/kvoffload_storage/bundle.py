@@ -26,7 +26,7 @@ from .bundle_format import (
 from .disk import reads_directly
 from .errors import IntegrityError, UnavailableError
 from .format import Checksums, checksum, decode_checksums, encode_checksums, layer_file_name
-from .locks import NEW, REMOVED, FolderLock, make_locked, sweep
+from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_temporary, sweep
 from .page_file import PageFile, storage_error
 from .private_files import read_checked, read_private, sync_folder, write_private
 from .segments import Sealed, Segment, same_file
@@ -135,6 +135,7 @@ def save_bundle(
 def _make(
     path: Path, stores: Sequence[Sealed], state: bytes, session: dict[str, Any], *, pinned: bool
 ) -> tuple[Manifest, FolderLock]:
+    refuse_temporary(path)
     parent = path.absolute().parent
     try:
         folder, lock = make_locked(parent, NEW)

@@ -60,6 +60,12 @@ def make_locked(parent: Path, prefix: str) -> tuple[Path, FolderLock]:
             return path, lock
 
 
+def refuse_temporary(path: Path) -> None:
+    """Raise UnavailableError where something that is to stay would be swept away for its name."""
+    if _TEMPORARY.fullmatch(path.name):
+        raise UnavailableError(f"{path}: what is called so is swept away as temporary; let its name end in .kvo")
+
+
 def sweep(parent: Path) -> list[str]:
     """Remove the temporary folders of processes that are gone; their names. A folder that cannot be read or locked is
     left alone, and so is one that holds anything that is not ours."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kvoffload_storage.bundle import read_manifest, replace_manifest
 
 from kvoffload import cli
 from kvoffload.runtime import command
@@ -154,6 +155,35 @@ def test_an_export_that_was_tampered_with_is_not_imported(run: Any, session: Pat
     tar.write_bytes(whole[: len(whole) // 2])
     assert run("session", "import", tar, tmp_path / "b.kvo").code == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.kvo", "x.tar"]
+
+
+def test_an_export_touches_no_other_file(run: Any, session: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "a.tar.tmp"
+    beside.write_text("mine")
+    assert run("session", "export", session, tmp_path / "a.tar").code == 0
+    assert beside.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.kvo", "a.tar", "a.tar.tmp"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("n_tokens", "abc"), ("layers", None)])
+def test_a_description_that_is_none_is_not_imported(
+    run: Any, session: Path, tmp_path: Path, field: str, value: object
+) -> None:
+    manifest = read_manifest(session)
+    replace_manifest(session, manifest.model_copy(update={"session": {**manifest.session, field: value}}))
+    assert run("session", "export", session, tmp_path / "a.tar").code == 0
+    ran = run("session", "import", tmp_path / "a.tar", tmp_path / "b.kvo")
+    assert ran.code == 4
+    assert f"session.{field}" in ran.err
+    assert not (tmp_path / "b.kvo").exists()
+
+
+def test_a_session_may_not_be_called_like_something_temporary(run: Any, session: Path, tmp_path: Path) -> None:
+    assert run("session", "export", session, tmp_path / "a.tar").code == 0
+    for made in (("import", tmp_path / "a.tar"), ("fork", session)):
+        ran = run("session", *made, tmp_path / "kvoffload-new-mysession")
+        assert ran.code == 2
+        assert "swept away as temporary" in ran.err
 
 
 def test_pins_are_kept_by_later_saves(run: Any, session: Path) -> None:

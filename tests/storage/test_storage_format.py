@@ -125,6 +125,7 @@ def test_what_is_no_manifest_is_refused(raw: bytes) -> None:
         ("version", True),
         ("pinned", 1),
         ("saved_at", "now"),
+        ("saved_at", 1e300),
         ("session", []),
         ("extra", 1),
         ("checksums.file", "../../etc/passwd"),
