@@ -49,7 +49,7 @@ class Recorder(TorchDispatchMode):
 
     def cut(self, work):
         """Work of the host, which replays do in its place."""
-        self.calls.append((lambda: work(), (), {}, None))
+        self.calls.append((work, (), {}, None))
 
     def undo(self):
         for tensor, held in reversed(self.before):
