@@ -157,6 +157,7 @@ class RuntimeConfig(BaseModel):
     index: Literal["device", "cpu"] = "device"
     gpu_cache: OptionalSize = None
     prefetch: float = Field(default=0.0, ge=0.0, le=4.0)
+    look_ahead: bool = False
     fetch: Literal["wait", "deadline"] = "wait"
     fetch_ms: float = Field(default=1.0, ge=0.0, le=1000.0)
     io_engine: Literal["threads", "aiofiles", "uring"] = "threads"
@@ -193,6 +194,8 @@ class RuntimeConfig(BaseModel):
             )
         if self.prefetch and (self.offload != "nvme" or self.cpu_max is None):
             raise ValueError(f"prefetch: {self.prefetch} has nowhere to put pages: give --offload nvme and --cpu-max")
+        if self.look_ahead and (self.policy or self.max_dropped_mass is not None or self.prefetch):
+            raise ValueError("look_ahead: chooses pages itself: give no --policy, --max-dropped-mass or --prefetch")
         if self.max_dropped_mass is not None and (self.gate or self.completion[0].kind == "none"):
             raise ValueError(
                 f"max_dropped_mass: {self.max_dropped_mass} needs one completion that estimates the mass of what is "

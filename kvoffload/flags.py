@@ -114,6 +114,11 @@ PrefillChunk = Annotated[str | None, flag("--prefill-chunk", help="Tokens a pref
 IoEngine = Annotated[str | None, flag("--io-engine", help="threads, aiofiles or uring.", default="threads")]
 Direct = Annotated[str | None, flag("--direct", help="Direct I/O: auto, on or off.", default="auto")]
 
+LookAhead = Annotated[
+    bool | None,
+    flag("--look-ahead/--no-look-ahead", help="Choose a layer's pages, and fetch them, while the layer before it "
+         "computes, by a guess of its queries.", default="off"),
+]  # fmt: skip
 Prefetch = Annotated[
     float | None,
     flag("--prefetch", help="Bring next step's likely pages to the tier of --cpu-max early: so much more than the "

@@ -13,7 +13,11 @@ from kvoffload.values import Fetched, Partial, by_row, merge
 def decode(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
     """Attention of the newest Q tokens, each as a step of its own (Q > 1 within ``layer.run_length``): query [rows * Q,
     R, D], keys [rows, Q, D] and values [rows, Q, Dv], rotary applied, to a partial [rows * Q, R]."""
+    early = layer.take_early()  # before pages move
     layer.append(keys, values)
+    if early is not None and early.choice is None:  # a page has sealed
+        choose_early(layer, early.query, n_come=keys.shape[1])
+        layer.take_early()
     query = query.float() * layer.geometry.scale
     anchors = attend_anchors(layer, query, layer.anchors.seen(query.shape[0] // layer.geometry.rows))
     if layer.n_pages == 0:
@@ -28,10 +32,21 @@ def decode(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor) -> Pa
 def attend_selected(layer: LayerCache, query: Tensor, anchors: Partial) -> tuple[Partial, Fetched, Tensor]:
     """The exact part for scaled queries fp32 [rows * Q, R, D] with their attention to the anchors: that and the
     selected pages; with it those pages and the selector's scores."""
-    selection, scores = layer.select(query, anchors.lse)
-    arrivals = layer.ask(selection)  # asynchronous: bytes move from here on
+    arrivals, scores = layer.choose(query, anchors.lse)  # asynchronous: bytes move from here on
     partials, fetched = attend_arrivals(layer, query, arrivals)
     return merge([anchors, *partials]), fetched, scores
+
+
+def choose_early(layer: LayerCache, query: Tensor, *, n_come: int = 0) -> None:
+    """Choose and ask for the slices of a step by a guess of its scaled queries, fp32 [rows * Q, R, D], as before its
+    tokens came; ``n_come`` are here already. Where a page seals with them, only the guess is kept."""
+    if layer.fixed is None and n_come == 0 and layer.anchors.n_unsealing == 0:
+        layer.ahead.keep(layer, query, None)
+        return
+    seen = layer.anchors.seen(1 + n_come)[:, :1] if layer.fixed is None else layer.fixed.seen_before
+    layer.n_coming = query.shape[0] // layer.geometry.rows - n_come
+    layer.ahead.keep(layer, query, layer.choose(query, attend_anchors(layer, query, seen).lse, early=True))
+    layer.n_coming = 0
 
 
 def attend_arrivals(layer: LayerCache, query: Tensor, arrivals: list[Arrival]) -> tuple[list[Partial], Fetched]:

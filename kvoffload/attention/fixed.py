@@ -30,6 +30,7 @@ def decode_fixed(layer: LayerCache, query: Tensor, keys: Tensor, values: Tensor)
     the query's dtype."""
     fixed = layer.fixed
     assert fixed is not None, "between advance and finish"
+    layer.take_early()
     shape, place = layer.geometry, (layer.anchors.buffers, fixed.place)
     attended = begin_step(
         query, keys, values, *place, fixed.query, seen=fixed.seen[:, 0], scale=shape.scale, softcap=shape.softcap
@@ -99,7 +100,7 @@ class FixedSteps:
         """Account for the step; then comes the upkeep that is due."""
         for layer, lists in zip(self._layers, self._lists, strict=True):
             assert layer.fixed is not None, "between advance and finish"
-            layer.meter.scored_rows += layer.geometry.rows
+            layer.meter.scored_rows += layer.geometry.rows * layer.n_scorings
             layer.fetch.note(lists.n_slices)
             layer.end_steps(layer.fixed.query, 1)
 
@@ -128,6 +129,7 @@ class FixedSteps:
         self._room = Room(n_places, anchors.page_size, device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         self._seen = torch.zeros_like(anchors.seen(1))
+        self._seen_before = torch.zeros_like(self._seen)
         self._wanted = torch.zeros(len(self._layers), dtype=torch.int64, device=device)
         self._told: tuple[int, list[int]] = (-1, [])
         self._longest = [self._when_full(layer, now) for layer, now in zip(self._layers, self._lists, strict=True)]
@@ -135,7 +137,8 @@ class FixedSteps:
             shape = layer.geometry
             query = torch.zeros(shape.rows, shape.group_size, shape.key_dim, device=device)
             wanted = None if now == longest else self._wanted[i]
-            layer.fix(Fixed(self._room, self._place, self._seen, longest.n_slices // shape.n_sequences, wanted, query))
+            n_slices = longest.n_slices // shape.n_sequences
+            layer.fix(Fixed(self._room, self._place, self._seen, self._seen_before, n_slices, wanted, query))
         self._sealing = Sealing(self._layers, self._room, self._capture)
         self._parts = [(layer.fixed, layer.selector, layer.completion) for layer in self._layers]
         self.version += 1
@@ -166,11 +169,11 @@ class FixedSteps:
         anchors, self._n_tokens = self._layers[0].anchors, self._layers[0].n_tokens
         n_told, lengths = self._told
         self._place.fill_(anchors.newest_place)
-        if n_pages == n_told:
-            self._seen.index_fill_(2, self._place, True)
-        else:
-            self._seen.copy_(anchors.seen(1))
+        if n_pages != n_told:
+            self._seen.copy_(anchors.seen(1)).index_fill_(2, self._place, False)
             self._room.fill(n_pages)
+        self._seen_before.copy_(self._seen)
+        self._seen.index_fill_(2, self._place, True)
         self._told = (n_pages, [lists.length for lists in self._lists])
         if self._told[1] != lengths:
             self._wanted.copy_(torch.tensor(self._told[1]))

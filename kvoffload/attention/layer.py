@@ -8,6 +8,7 @@ import torch
 from kvoffload_storage.store import Moved, Store
 from torch import Tensor
 
+from kvoffload.attention.ahead import Asked, Choice, LookAhead
 from kvoffload.attention.choosing import Chooser, PageFilter, TopK
 from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.upkeep import Upkeep
@@ -94,13 +95,14 @@ class Anchored:
 @dataclass(frozen=True, eq=False)
 class Fixed:
     """What steps of fixed shapes (attention/fixed.py) find in the same place every time: the room for pages, where in
-    the anchors the new token goes (int64 [1]), which places are seen then (bool [rows or 1, 1, A]), the length of a
-    selection, how much of each list is wanted (int64 []; None: all), and the step's scaled queries (fp32 [rows, R,
-    D])."""
+    the anchors the new token goes (int64 [1]), which places are seen then and which were seen before (bool [rows or 1,
+    1, A]), the length of a selection, how much of each list is wanted (int64 []; None: all), and the step's scaled
+    queries (fp32 [rows, R, D])."""
 
     room: Room
     place: Tensor
     seen: Tensor
+    seen_before: Tensor
     n_slices: int
     n_wanted: Tensor | None
     query: Tensor
@@ -148,10 +150,14 @@ class LayerCache:
         self.upkeep: tuple[Upkeep, ...] = ()
         self.head_bounds = UNBOUNDED
         self.prefetch = Prefetch(0.0)
+        self.ahead = LookAhead()
         self.chooser: Chooser = TopK()
         self.page_filter: PageFilter | None = None
         self.n_revised = 0
         self.fixed: Fixed | None = None
+        self.n_scorings = 1  # of a step
+        self.n_coming = 0  # tokens of the step that is chosen for and are not here yet
+        self._early: Asked | None = None  # what was asked for the step before it began
         self._n_scored_before = 0
         self._scored: tuple[Tensor, Tensor] | None = None  # the step's queries and scores, until it is over
 
@@ -238,6 +244,30 @@ class LayerCache:
         if self.layer == 0:
             self.prefetch.begin()
 
+    @property
+    def can_look_ahead(self) -> bool:
+        """Whether the pages of the next step can be chosen before its queries are known."""
+        return self.ready and self.n_pages > 0
+
+    def take_early(self) -> Asked | None:
+        """What was asked for this step early, and is waited for: nothing of it may move before. It is what ``choose``
+        gives next."""
+        self._early, self._scored = self.ahead.take(self), None
+        return self._early
+
+    def choose(self, query: Tensor, anchor_lse: Tensor, *, early: bool = False) -> Choice:
+        """Ask for the slices that are chosen for queries as in ``select``, if they were not asked for already; with the
+        scores of all pages, which are those of these queries where the completion uses them. ``early`` is for a step to
+        come."""
+        asked, self._early = None if early else self._early, None
+        if asked is None or asked.choice is None:
+            selection, scores = self.select(query, anchor_lse)
+            return self.ask(selection, early=early), scores
+        arrivals, scores = asked.choice
+        if self.completion.uses_scores:
+            self.n_scorings, scores = 2, self.score(query).to(query.device)
+        return arrivals, scores
+
     def select(self, query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
         """The chooser's slices for scaled queries fp32 [rows * Q, R, D] whose anchors have mass anchor_lse [rows * Q,
         R], with the scores of all pages fp32 [rows * Q, R, P]; ids are on the selector's device, and so are the scores
@@ -253,7 +283,7 @@ class LayerCache:
             scores,
             anchor_lse.to(scores.device),
             n_sequences=self.geometry.n_sequences,
-            n_slices=int(self.budget(self.n_tokens) * (1 + more)) if fixed is None else fixed.n_slices,
+            n_slices=int(self.budget(self.n_tokens + self.n_coming) * (1 + more)) if fixed is None else fixed.n_slices,
             pool=self.pool,
             n_queries=scores.shape[0] // self.geometry.rows,
             n_wanted=None if fixed is None else fixed.n_wanted,
@@ -267,9 +297,9 @@ class LayerCache:
             wanted &= selection.wanted
         return replace(selection, page_ids=selection.page_ids.where(wanted, 0), wanted=wanted)
 
-    def ask(self, selection: Selection) -> list[Arrival]:
+    def ask(self, selection: Selection, *, early: bool = False) -> list[Arrival]:
         """Ask for the slices of a selection; steps of fixed shapes count them elsewhere."""
-        return self.fetch.start(selection) if self.fixed is None else self.fetch.move(selection)
+        return self.fetch.start(selection) if self.fixed is None else self.fetch.move(selection, early=early)
 
     def slices_valid(self, part: Selection) -> Tensor | None:
         """Which tokens of slices count, bool [F, S]; None when all do."""

@@ -61,8 +61,8 @@ class SelectedPages(Reading):
         return Read(exact, layer.completion.estimate(query, fetched, scores), fetched, scores)
 
     def attend_fixed(self, layer: LayerCache, query: Tensor, anchors: Partial) -> tuple[Parts, Parts | None]:
-        selection, scores = layer.select(query, anchors.lse)
-        fetched = Fetched.join([land(layer, arrive) for arrive in layer.ask(selection)])
+        arrivals, scores = layer.choose(query, anchors.lse)
+        fetched = Fetched.join([land(layer, arrive) for arrive in arrivals])
         slices = fetched.keys, fetched.values, fetched.row_ids, fetched.valid
         pages = Parts(*attend_slices_in_parts(query, *slices, layer.geometry.softcap))
         return pages, layer.completion.estimate_parts(query, fetched, scores)

@@ -76,8 +76,9 @@ class Fetch(ABC):
         """Count slices that ``move`` was asked for, as far as it does not itself."""
 
     @abstractmethod
-    def move(self, selection: Selection) -> list[Arrival]:
-        """The same work on the device for every selection of its length; what the host has to do is ``on_host``."""
+    def move(self, selection: Selection, *, early: bool = False) -> list[Arrival]:
+        """The same work on the device for every selection of its length; what the host has to do is ``on_host``.
+        ``early`` says that other work comes before the slices are needed."""
 
     @abstractmethod
     def start(self, selection: Selection) -> list[Arrival]:
@@ -163,7 +164,7 @@ class MappedFetch(Fetch):
         if self.store.tier != "gpu":
             self.decode.moved += Moved(cpu=n_slices * self.geometry.slice_bytes)
 
-    def move(self, selection: Selection) -> list[Arrival]:
+    def move(self, selection: Selection, *, early: bool = False) -> list[Arrival]:
         selection = selection.to(self.device)
         ids, source = self._ids(selection), self._memory().flatten(0, 1)
         admitted = self._admit(selection, ids)
@@ -228,21 +229,40 @@ class SubmittedFetch(Fetch):
     def note(self, n_slices: int) -> None:
         """``move`` counts what it asks for."""
 
-    def move(self, selection: Selection) -> list[Arrival]:
+    def move(self, selection: Selection, *, early: bool = False) -> list[Arrival]:
         places = self.slots.reserve(len(selection))
-        on_host(lambda: self._bring(selection, places))
-        return [lambda: (selection, places)]
+        if not early:
+            on_host(lambda: self._bring(selection, places)())
+            return [lambda: (selection, places)]
+        under_way: list[Callable[[], None]] = [lambda: None]
 
-    def _bring(self, selection: Selection, out: Tensor) -> None:
-        """The wanted slices of a selection on the device, each to its row of uint8 [F, slice_bytes] there."""
+        def ask() -> None:
+            under_way[0] = self._bring(selection, places)
+
+        def arrive() -> tuple[Selection, Tensor]:
+            on_host(lambda: under_way[0]())
+            return selection, places
+
+        on_host(ask)
+
+        return [arrive]
+
+    def _bring(self, selection: Selection, out: Tensor) -> Callable[[], None]:
+        """Ask for the wanted slices of a selection on the device; the call waits for them and brings each to its row of
+        uint8 [F, slice_bytes] there."""
         selection = selection.to(torch.device("cpu"))
         rows = torch.arange(len(selection)) if selection.wanted is None else selection.wanted.nonzero()[:, 0]
-        for part, arrive in self._ask(Selection(selection.row_ids[rows], selection.page_ids[rows])):
-            data = arrive()[1]
-            if len(data) == len(out):
-                out.copy_(data)
-            else:
-                out.index_copy_(0, rows[part].to(self.device), data)
+        asked = self._ask(Selection(selection.row_ids[rows], selection.page_ids[rows]))
+
+        def bring() -> None:
+            for part, arrive in asked:
+                data = arrive()[1]
+                if len(data) == len(out):
+                    out.copy_(data)
+                else:
+                    out.index_copy_(0, rows[part].to(self.device), data)
+
+        return bring
 
     def _ask(self, selection: Selection) -> list[tuple[Tensor | slice, Arrival]]:
         """Requests for slices, ids in host memory, and which of them each one brings if each row has one query."""

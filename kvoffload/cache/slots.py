@@ -16,6 +16,8 @@ class Slots(ABC):
     data: Tensor
     places: int | None = None
     """Slices that are kept from step to step; None where none are meant to be."""
+    staging: "Staging"
+    """Where slices go that are not kept."""
 
     @abstractmethod
     def admit(self, keys: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -37,9 +39,11 @@ class Slots(ABC):
 
 
 class Staging(Slots):
-    """No cache. Layers share one staging, since each has used its slices before the next one asks."""
+    """No cache. Layers share one staging, since each has used its slices before the next one asks; where they look
+    ahead, two in turn."""
 
     def __init__(self, slice_bytes: int, device: torch.device) -> None:
+        self.staging = self
         self.data = torch.empty(0, slice_bytes, dtype=torch.uint8, device=device)
 
     def admit(self, keys: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -62,7 +66,7 @@ class PageCache(Slots):
     """
 
     def __init__(self, n_slots: int, slice_bytes: int, device: torch.device, staging: Staging | None = None) -> None:
-        self._staging = staging or Staging(slice_bytes, device)
+        self.staging = staging or Staging(slice_bytes, device)
         self.places = n_slots
         self.data = torch.zeros(n_slots + 1, slice_bytes, dtype=torch.uint8, device=device)  # and one for no slice
         self._start_table(device)
@@ -75,7 +79,7 @@ class PageCache(Slots):
         return assign_slots(keys, self._owners, self._last_used, self._now, hits)
 
     def reserve(self, n_slices: int) -> Tensor:
-        return self._staging.reserve(n_slices)
+        return self.staging.reserve(n_slices)
 
     @property
     def resident_bytes(self) -> int:

@@ -5,7 +5,7 @@ the layers of its own cache. A batch lasts for one forward, so sequences join an
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,22 @@ class BatchLayer(AttendingLayer):
             if i not in self._failed:
                 layer.update(key_states[i : i + 1], value_states[i : i + 1])
         return self.tag(key_states), value_states
+
+    def looks_ahead(self, n_tokens: int) -> bool:
+        return any(layer.looks_ahead(n_tokens) for _, layer in self._sound())
+
+    def look_ahead(self, hidden: Tensor, guess: Callable[[], Tensor]) -> None:
+        ahead = [(i, layer) for i, layer in self._sound() if layer.looks_ahead(hidden.shape[1])]
+        with ahead[0][1].beside(hidden):
+            query = guess()
+            for i, layer in reversed(ahead):  # the others' streams wait for what the first one's has so far
+                try:
+                    layer.look_ahead(hidden, lambda i=i: query[i : i + 1])  # type: ignore[misc]
+                except self._kept_apart as error:
+                    self._failed[i] = error
+
+    def _sound(self) -> list[tuple[int, OffloadLayer]]:
+        return [(i, layer) for i, layer in enumerate(self._layers) if i not in self._failed]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None

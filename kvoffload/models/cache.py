@@ -1,7 +1,7 @@
 """The cache that a transformers model is given: the library's own, with its unbounded layers replaced by ours."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kvoffload.attention.ahead import LookAhead
 from kvoffload.attention.build import build_layer
-from kvoffload.attention.decode import decode
+from kvoffload.attention.decode import choose_early, decode
 from kvoffload.attention.fixed import decode_fixed
 from kvoffload.attention.join import join
 from kvoffload.attention.layer import LayerCache
@@ -68,6 +69,24 @@ class OffloadLayer(AttendingLayer):
     def open_with(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> None:
         kv, q, k, v = self._rows(query, key, value, scale, None)
         self._cache.intake.follow(kv, q, k, v)
+
+    def looks_ahead(self, n_tokens: int) -> bool:
+        cache = self._cache
+        plain = n_tokens == 1 or cache.stepping
+        decodes = cache.fixed or (plain and not cache.exact and not cache.rectifies)
+        return decodes and cache.config.look_ahead and self.kv is not None and self.kv.can_look_ahead
+
+    def look_ahead(self, hidden: Tensor, guess: Callable[[], Tensor]) -> None:
+        assert self.kv is not None, "it looks ahead"
+        with self.beside(hidden):
+            query, shape = guess(), self.kv.geometry
+            query = query_rows(query.reshape(shape.rows, -1, *query.shape[2:]))
+            choose_early(self.kv, query.float() * shape.scale)
+
+    def beside(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Inside this block work is asked for beside what is computed from ``hidden`` states."""
+        assert self.kv is not None, "it looks ahead"
+        return self.kv.ahead.beside(hidden, waits=self.kv.fetch.asks_host)
 
     def _rows(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
@@ -176,11 +195,12 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         if self.anew.is_wanted and self.n_offloaded < len(self.layers):
             raise UsageError("policy: layers with bounded KV (sliding windows) do not allow to compute tokens anew")
         self._expected_tokens, self._prefetch = expected_tokens, Prefetch(config.prefetch)
+        self._ahead = LookAhead()
         self._stores: dict[StoreShape, Store] = {}
         self._sealed: dict[StoreShape, Sealed] = {}
         self._mirrors: dict[StoreShape, FileStore] = {}
         self.copied_read, self.copied_written = Moved(), Moved()
-        self._staging: dict[StoreShape, Staging] = {}
+        self._staging: dict[StoreShape, list[Staging]] = {}
         self.wrap_store: Callable[[Store], Store] = lambda store: store
 
     def __enter__(self) -> Self:
@@ -293,12 +313,15 @@ class OffloadCache(OneSequenceARow, DynamicCache):
             self.copied_read += opened.read
             if opened.mirror is not None:
                 self._mirrors[shape] = opened.mirror
-            self._staging[shape] = Staging(shape.slice_bytes, keys.device)
-        store, staging = self._stores[shape], self._staging[shape]
-        return build_layer(
-            self.config, geometry, store, place, model_layer=index, staging=staging, keys=keys, values=values,
-            policies=self.policies, prefetch=self._prefetch,
+            n_stagings = 2 if self.config.look_ahead else 1  # slices of one layer come while those of another are read
+            self._staging[shape] = [Staging(shape.slice_bytes, keys.device) for _ in range(n_stagings)]
+        store, stagings = self._stores[shape], self._staging[shape]
+        layer = build_layer(
+            self.config, geometry, store, place, model_layer=index, staging=stagings[place % len(stagings)], keys=keys,
+            values=values, policies=self.policies, prefetch=self._prefetch,
         )  # fmt: skip
+        layer.ahead = self._ahead
+        return layer
 
     def set_budget(self, budget: Budget) -> None:
         """What steps may read from now on, in the layers that have begun and in those to come."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.models.ahead import watch_layers
 from kvoffload.models.batch import Fed, can_batch, feed_together
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
@@ -30,6 +31,7 @@ def switch_attention(model: Any) -> str:
         raise _refused(model, str(error)) from error
     if model.config._attn_implementation != NAME:
         raise _refused(model, "it does not use transformers' attention interface")
+    watch_layers(model)
     return before
 
 

@@ -1,6 +1,7 @@
 """How the attention function finds the cache layer that its keys came through."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from contextvars import ContextVar
 
 from torch import Tensor
@@ -48,6 +49,15 @@ class AttendingLayer(CacheLayerMixin):
 
     def open_with(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> None:
         """Append the first tokens, whose attention was asked for elsewhere; shapes as in ``attend``."""
+        raise NotImplementedError
+
+    def looks_ahead(self, n_tokens: int) -> bool:
+        """Whether a guess of the next queries is wanted in a forward of so many tokens."""
+        return False
+
+    def look_ahead(self, hidden: Tensor, guess: Callable[[], Tensor]) -> None:
+        """Choose pages by a guess of the next queries [B, H, Q, D], made from ``hidden`` states beside whatever is
+        computed from them."""
         raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -214,13 +214,14 @@ def _device_needs(kv: KVFootprint, config: RuntimeConfig, context: int, batch: i
     anchors = config.sinks + _round_up(config.recent, config.page_size) + config.page_size
     index_place: Where = "host" if config.index == "cpu" or config.selector.reads_slow_tier else "device"
     states = sum(completion.resident_bytes(*sizes) for completion in config.completion)
-    cache, largest = config.gpu_cache, min(budget * config.largest_share, context)  # the layers share one staging
+    cache, largest = config.gpu_cache, min(budget * config.largest_share, context)
+    n_stagings = 2 if config.look_ahead else 1  # that the layers share
     return (
         Need("KV of sliding-window layers", "device", kv.window_bytes(context) * batch),
         Need("anchors (sinks and recent window)", "device", anchors * kv.token_bytes * rows),
         Need(f"index ({config.selector.kind})", index_place, config.selector.index_bytes(*sizes) * rows),
         Need(f"completion ({'+'.join(c.kind for c in config.completion)})", "device", states * rows),
-        Need("pages of a step", "device", round(largest * kv.token_bytes) * kv.n_kv_heads * batch),
+        Need("pages of a step", "device", round(largest * kv.token_bytes) * kv.n_kv_heads * batch * n_stagings),
         Need("page cache", "device", cache or 0),
     )
 

@@ -8,6 +8,7 @@ import torch
 from kvoffload_storage.store import Moved
 
 from kvoffload.attention.layer import LayerCache
+from kvoffload.cache.slots import Staging
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ def collect(
 ) -> Stats:
     """Ask the layers; waits for the device once. ``bounded_bytes`` are those of layers outside the tiers, ``copied``
     what was read and written between tiers for a session file."""
-    step_bytes = max((layer.fetch.step_bytes for layer in layers), default=0)
+    staged: dict[Staging, int] = {}
+    for layer in layers:
+        staged[layer.fetch.slots.staging] = max(layer.fetch.step_bytes, staged.get(layer.fetch.slots.staging, 0))
     reads = Reads.of(layers)
     n_steps = max((layer.meter.steps for layer in layers), default=0)
     decode = sum((layer.fetch.decode.total() for layer in layers), Moved())
@@ -156,7 +159,7 @@ def collect(
         decode_bytes_read={"cpu": decode.cpu, "nvme": decode.nvme},
         refresh_bytes_read={"cpu": refresh.cpu, "nvme": refresh.nvme},
         bytes_written={"cpu": written.cpu, "nvme": written.nvme},
-        resident_bytes=sum(x.resident_bytes for x in layers) + step_bytes + bounded_bytes,
+        resident_bytes=sum(x.resident_bytes for x in layers) + sum(staged.values()) + bounded_bytes,
         index_host_bytes=sum(layer.index_host_bytes for layer in layers),
         completion_mass=sum(masses) / len(masses) if masses else None,
         hit_rate=sum(int(layer.fetch.n_hits) for layer in layers) / n_asked if n_asked else None,
