@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from kvoffload_kernels.dense_attention.reference import weigh
@@ -186,18 +187,28 @@ class Selection:
 class Fetched:
     """Selected slices on the device: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, ids int64 [F];
     ``row_ids`` count query rows. Where ``wanted`` bool [F] is given, the others are no slices, and nothing in them is
-    valid."""
+    valid. With ``places`` int64 [F] they lie at those among ``all_keys`` [C, S, D] and ``all_values`` [C, S, Dv], where
+    kernels can read them; ``keys`` and ``values`` are copies then, made when they are first asked for."""
 
-    keys: Tensor
-    values: Tensor
+    all_keys: Tensor
+    all_values: Tensor
     valid: Tensor | None
     row_ids: Tensor
     page_ids: Tensor
     wanted: Tensor | None = None
+    places: Tensor | None = None
+
+    @cached_property
+    def keys(self) -> Tensor:
+        return self.all_keys if self.places is None else self.all_keys.index_select(0, self.places)
+
+    @cached_property
+    def values(self) -> Tensor:
+        return self.all_values if self.places is None else self.all_values.index_select(0, self.places)
 
     def log_valid(self) -> Tensor:
         """0 where a token counts and -inf elsewhere, fp32 [F, S]."""
-        zeros = torch.zeros(self.keys.shape[:2], device=self.keys.device)
+        zeros = torch.zeros(self.row_ids.shape[0], self.all_keys.shape[1], device=self.all_keys.device)
         return zeros if self.valid is None else zeros.masked_fill(~self.valid, -torch.inf)
 
     def mask(self, rows: int, n_pages: int) -> Tensor:
@@ -206,7 +217,9 @@ class Fetched:
 
     def clone(self) -> "Fetched":
         """With slices of its own."""
-        return replace(self, keys=self.keys.clone(), values=self.values.clone())
+        if self.places is not None:
+            return replace(self, all_keys=self.keys, all_values=self.values, places=None)
+        return replace(self, all_keys=self.keys.clone(), all_values=self.values.clone())
 
     @staticmethod
     def join(parts: Sequence["Fetched"]) -> "Fetched":

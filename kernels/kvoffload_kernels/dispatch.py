@@ -73,15 +73,16 @@ def gather_slices(
 
 
 def attend_slices(
-    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``sparse_decode.reference.attend_slices``."""
     if _verified("sparse_decode", query):
         from kvoffload_kernels.sparse_decode import kernel
 
         if kernel.supported(query, keys, values):
-            return kernel.attend_slices(query, keys, values, row_ids, valid, softcap)
-    return sparse_decode.attend_slices(query, keys, values, row_ids, valid, softcap)
+            return kernel.attend_slices(query, keys, values, row_ids, valid, softcap, places)
+    return sparse_decode.attend_slices(query, keys, values, row_ids, valid, softcap, places)
 
 
 def fuses_rows(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -236,15 +237,16 @@ def begin_step(
 
 
 def attend_slices_in_parts(
-    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None
-) -> Parts:
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None,
+    places: Tensor | None = None,
+) -> Parts:  # fmt: skip
     """``sparse_decode.reference.attend_slices`` in as many parts as were made apart."""
     if _verified("decode_step", query):
         from kvoffload_kernels.decode_step import kernel
 
-        if kernel.takes_slices(query, keys, values):
-            return kernel.attend_slices(query, keys, values, row_ids, valid, softcap)
-    return decode_step.one_part(attend_slices(query, keys, values, row_ids, valid, softcap))
+        if kernel.takes_slices(query, keys, values, row_ids.shape[0]):
+            return kernel.attend_slices(query, keys, values, row_ids, valid, softcap, places)
+    return decode_step.one_part(attend_slices(query, keys, values, row_ids, valid, softcap, places))
 
 
 def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Parts:
@@ -252,7 +254,7 @@ def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Pa
     if _verified("decode_step", query):
         from kvoffload_kernels.decode_step import kernel
 
-        if kernel.takes_slices(query, slices.keys, slices.values):
+        if kernel.takes_slices(query, slices.keys, slices.values, slices.row_ids.shape[0]):
             return kernel.rest_of_segments(query, segments, slices)
     return decode_step.one_part(estimate_rest(query, segments, slices))
 

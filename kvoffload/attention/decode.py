@@ -54,17 +54,18 @@ def attend_arrivals(layer: LayerCache, query: Tensor, arrivals: list[Arrival]) -
     partials, fetched = [], []
     for arrive in arrivals:  # what the device has already comes first, what had to move is waited for last
         new = land(layer, arrive)
-        slices = new.keys, new.values, new.row_ids, new.valid
-        partials.append(Partial(*attend_slices(query, *slices, layer.geometry.softcap)))
+        slices = new.all_keys, new.all_values, new.row_ids, new.valid
+        partials.append(Partial(*attend_slices(query, *slices, layer.geometry.softcap, new.places)))
         fetched.append(new)
     return partials, Fetched.join(fetched)
 
 
 def land(layer: LayerCache, arrive: Arrival) -> Fetched:
     """The slices of an arrival, waited for if they must be."""
-    part, data = arrive()
-    keys, values = unpack_slices(data, layer.geometry)
-    return Fetched(keys, values, layer.slices_valid(part), part.row_ids, part.page_ids, part.wanted)
+    arrived = arrive()
+    part, slices = arrived.selection, unpack_slices(arrived.data, layer.geometry)
+    valid = layer.slices_valid(part)
+    return Fetched(*slices, valid, part.row_ids, part.page_ids, part.wanted, arrived.places)
 
 
 def attend_anchors(layer: LayerCache, query: Tensor, seen: Tensor) -> Partial:

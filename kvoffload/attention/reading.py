@@ -63,8 +63,8 @@ class SelectedPages(Reading):
     def attend_fixed(self, layer: LayerCache, query: Tensor, anchors: Partial) -> tuple[Parts, Parts | None]:
         arrivals, scores = layer.choose(query, anchors.lse)
         fetched = Fetched.join([land(layer, arrive) for arrive in arrivals])
-        slices = fetched.keys, fetched.values, fetched.row_ids, fetched.valid
-        pages = Parts(*attend_slices_in_parts(query, *slices, layer.geometry.softcap))
+        slices = fetched.all_keys, fetched.all_values, fetched.row_ids, fetched.valid
+        pages = Parts(*attend_slices_in_parts(query, *slices, layer.geometry.softcap, fetched.places))
         return pages, layer.completion.estimate_parts(query, fetched, scores)
 
 

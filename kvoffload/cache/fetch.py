@@ -46,8 +46,18 @@ class Traffic:
         return self.moved + Moved(cpu=-int(self.spared))
 
 
-Arrival = Callable[[], tuple[Selection, Tensor]]
-"""Slices of a step: the call waits if it must, and gives those that came, uint8 [F, slice_bytes] on the device."""
+@dataclass(frozen=True)
+class Arrived:
+    """Slices that came, on the device: all of ``data`` uint8 [F, slice_bytes], or with ``places`` int64 [F] those
+    among data [C, slice_bytes]."""
+
+    selection: Selection
+    data: Tensor
+    places: Tensor | None = None
+
+
+Arrival = Callable[[], Arrived]
+"""Slices of a step: the call waits if it must, and gives those that came."""
 
 
 class Fetch(ABC):
@@ -172,10 +182,10 @@ class MappedFetch(Fetch):
             places = self.slots.reserve(len(selection))
             self.step_bytes = max(self.step_bytes, places.numel())
             gather_slices(source, ids, places, None, selection.wanted)
-            return [lambda: (selection, places)]
+            return [lambda: Arrived(selection, places)]
         slot_ids, _, missed = admitted
         gather_slices(source, ids, self.slots.data, slot_ids, missed)
-        return [lambda: (selection, self.slots.data.index_select(0, slot_ids))]
+        return [lambda: Arrived(selection, self.slots.data, slot_ids)]
 
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
         n_pages = self.store.n_pages(self.layer)
@@ -233,15 +243,15 @@ class SubmittedFetch(Fetch):
         places = self.slots.reserve(len(selection))
         if not early:
             on_host(lambda: self._bring(selection, places)())
-            return [lambda: (selection, places)]
+            return [lambda: Arrived(selection, places)]
         under_way: list[Callable[[], None]] = [lambda: None]
 
         def ask() -> None:
             under_way[0] = self._bring(selection, places)
 
-        def arrive() -> tuple[Selection, Tensor]:
+        def arrive() -> Arrived:
             on_host(lambda: under_way[0]())
-            return selection, places
+            return Arrived(selection, places)
 
         on_host(ask)
 
@@ -256,7 +266,7 @@ class SubmittedFetch(Fetch):
 
         def bring() -> None:
             for part, arrive in asked:
-                data = arrive()[1]
+                data = arrive().data
                 if len(data) == len(out):
                     out.copy_(data)
                 else:
@@ -275,7 +285,7 @@ class SubmittedFetch(Fetch):
         want = Selection(selection.row_ids[~hit], selection.page_ids[~hit])
         resident = self.slots.data.index_select(0, places[hit].to(self.device))
         (missing,) = self._submit([want], places[~hit].to(self.device))
-        return [(hit, lambda: (have, resident)), (~hit, missing)]
+        return [(hit, lambda: Arrived(have, resident)), (~hit, missing)]
 
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
         n_pages = self.store.n_pages(self.layer)
@@ -323,16 +333,16 @@ class SubmittedFetch(Fetch):
         self.count_unasked()
         ticket = self.store.read_slices(self.layer, selection.page_ids, selection.store_rows, staged)
 
-        def arrive() -> tuple[Selection, Tensor]:
+        def arrive() -> Arrived:
             landed = self._wait(ticket, len(selection))
             if landed is not None:
                 self.n_late += len(selection) - len(landed)
                 late = Selection(selection.row_ids[landed], selection.page_ids[landed], selection.n_queries)
-                return late.to(self.device), staged[landed].to(self.device)
+                return Arrived(late.to(self.device), staged[landed].to(self.device))
             data = staged.to(self.device)
             if places is not None:
                 self.slots.data.index_copy_(0, places, data)
-            return selection.to(self.device), data
+            return Arrived(selection.to(self.device), data)
 
         return arrive
 

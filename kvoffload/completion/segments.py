@@ -108,7 +108,8 @@ class Segments(Rowwise):
 
     def slices(self, fetched: Fetched) -> Slices:
         """Fetched slices as kernels take them."""
-        return Slices(fetched.keys, fetched.values, fetched.valid, fetched.row_ids, fetched.page_ids)
+        slices = fetched.all_keys, fetched.all_values, fetched.valid
+        return Slices(*slices, fetched.row_ids, fetched.page_ids, fetched.places)
 
     def of_pages(self, page_ids: Tensor) -> Tensor:
         """The segment of each page."""

@@ -207,6 +207,22 @@ def test_fetched_parts_join_in_order():
         assert torch.equal(getattr(given, name), getattr(expected, name))
 
 
+def test_slices_that_lie_in_places_are_copied_only_where_asked_for():
+    pages = random_pages(geometry(), 6, padded=True)
+    lying, expected = fetch(pages, [(0, p) for p in range(6)]), fetch(pages, [(0, 5), (0, 0), (0, 3)])
+    ids, places = (expected.valid, expected.row_ids, expected.page_ids), torch.tensor([5, 0, 3])
+    given = Fetched(lying.keys, lying.values, *ids, places=places)
+    assert torch.equal(given.log_valid(), expected.log_valid())
+    assert not {"keys", "values"} & given.__dict__.keys()
+    for same in (given, given.clone(), Fetched.join([given])):
+        assert torch.equal(same.keys, expected.keys)
+        assert torch.equal(same.values, expected.values)
+    kept = given.clone()
+    lying.keys.zero_()
+    assert torch.equal(kept.keys, expected.keys)
+    assert kept.places is None
+
+
 def test_a_masked_partial_contributes_nothing_where_it_is_masked():
     generator = torch.Generator().manual_seed(0)
     a, b = (

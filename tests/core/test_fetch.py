@@ -78,7 +78,10 @@ def take(arrivals):
     """(row, page) -> bytes of everything that arrives."""
     found = {}
     for arrive in arrivals:
-        part, data = arrive()
+        arrived = arrive()
+        part, data = arrived.selection, arrived.data
+        if arrived.places is not None:
+            data = data[arrived.places]
         assert len(data) == len(part)
         for i, pair in enumerate(zip(part.row_ids.tolist(), part.page_ids.tolist(), strict=True)):
             assert pair not in found

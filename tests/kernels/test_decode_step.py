@@ -59,16 +59,29 @@ def test_parts_of_slices_are_all_of_them(row_ids, size, chunk, dtype, monkeypatc
     given = random(ROWS, 3, 32, seed=1), pages[:, 0], pages[:, 1], torch.tensor(row_ids, dtype=torch.int64)
     wanted = (torch.arange(len(row_ids)) % 3 != 1)[:, None].expand(-1, size)
     for valid in (None, wanted, random(len(row_ids), size, seed=4) > 0):
-        assert kernel.takes_slices(*given[:3])
+        assert kernel.takes_slices(*given[:3], len(row_ids))
         parts = kernel.attend_slices(*given, valid, None)
         assert_close(reference.joined(parts), attend_slices(*given, valid, None), **CLOSE)
 
 
+@pytest.mark.parametrize("size", [5, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_slices_that_lie_elsewhere_are_the_same_to_the_bit(size, dtype):
+    row_ids = torch.tensor([0, 2, 2, 0, 2, 0, 2, 2, 2, 2, 2])
+    pages, places = random(kernel._MOST_SLICES + 1, 2, size, 32, dtype=dtype), torch.randperm(40)[: len(row_ids)]
+    query, valid = random(ROWS, 3, 32, seed=1), random(len(row_ids), size, seed=4) > 0
+    assert kernel.takes_slices(query, pages[:, 0], pages[:, 1], len(row_ids))
+    given = kernel.attend_slices(query, pages[:, 0], pages[:, 1], row_ids, valid, None, places)
+    expected = kernel.attend_slices(query, pages[places, 0], pages[places, 1], row_ids, valid, None)
+    for a, b in zip(given, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_is_too_much_for_every_program_to_look_at_is_left_to_others():
     query, slices = torch.zeros(1, 2, 8), torch.zeros(kernel._MOST_SLICES + 1, 4, 8)
-    assert kernel.takes_slices(query, slices[1:], slices[1:])
-    assert not kernel.takes_slices(query, slices, slices)
-    assert not kernel.takes_slices(query, slices[:3, :1], slices[:3, :1])
+    assert kernel.takes_slices(query, slices, slices, kernel._MOST_SLICES)
+    assert not kernel.takes_slices(query, slices, slices, kernel._MOST_SLICES + 1)
+    assert not kernel.takes_slices(query, slices[:3, :1], slices[:3, :1], 3)
     anchors = torch.zeros(1, kernel._MOST_ANCHORS + 1, 8)
     assert not kernel.begins(query, (anchors, anchors))
 
@@ -116,6 +129,28 @@ def test_every_segment_is_what_its_slices_leave(fetched, dim, value_dim, heads, 
     whole = completion.estimate_rest(case.query, case.segments, case.slices)
     for parts in (given, expected):
         assert_close(reference.joined(parts), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segments_lose_slices_that_lie_elsewhere_too(dtype):
+    case = Rest(SOME, 64, 48, 3, dtype)
+    expected = kernel.rest_of_segments(case.query, case.segments, case.slices)
+    given = kernel.rest_of_segments(case.query, case.segments, scattered(case.slices))
+    for a, b in zip(given, expected, strict=True):
+        assert torch.equal(a, b)
+    twin = reference.rest_of_segments(case.query, case.segments, scattered(case.slices))
+    assert_close(twin, reference.rest_of_segments(case.query, case.segments, case.slices))
+
+
+def scattered(slices):
+    """The same ones among others, in another order."""
+    n = len(slices.row_ids)
+    places = torch.randperm(2 * n, generator=torch.Generator().manual_seed(9))[:n]
+    keys, values = (
+        torch.full((2 * n, *t.shape[1:]), torch.nan, dtype=t.dtype).index_copy(0, places, t)
+        for t in (slices.keys, slices.values)
+    )
+    return replace(slices, keys=keys, values=values, places=places)
 
 
 def test_where_rounded_sums_say_nothing_the_whole_segments_means_stand_in():

@@ -107,6 +107,18 @@ def test_the_rest_is_that_of_the_tokens_left(estimate_rest, fetched, dim, value_
             assert_close((output[query_row], lse[query_row]), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_may_lie_among_others(estimate_rest, dtype):
+    case = Case(SOME, dtype=dtype)
+    s, n = case.slices, len(SOME)
+    places = torch.arange(n) * 7 % 16  # distinct, in another order
+    keys, values = (
+        torch.full((16, *t.shape[1:]), torch.nan, dtype=t.dtype).index_copy(0, places, t) for t in (s.keys, s.values)
+    )
+    given = estimate_rest(case.query, case.segments(), replace(s, keys=keys, values=values, places=places))
+    assert_close(given, estimate_rest(case.query, case.segments(), s), **CLOSE)
+
+
 def test_where_rounded_sums_say_nothing_the_whole_segments_means_stand_in():
     case = Case(SOME)
     segments = case.segments(rounding=0.9, sums_dtype=torch.bfloat16)

@@ -98,6 +98,20 @@ def test_slices_of_a_page_buffer_at_real_head_sizes(group, dim, dtype, n_slices)
     assert_close(given, reference.attend_slices(query, pages[:, 0], pages[:, 1], row_ids, valid, None), **ROUNDED)
 
 
+@pytest.mark.parametrize("size", [5, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slices_may_lie_among_others(attend_slices, dtype, size):
+    generator = torch.Generator().manual_seed(5)
+    pages = torch.randn(40, 2, size, 32, generator=generator).to(dtype)
+    row_ids, places = torch.randint(3, (21,), generator=generator), torch.randperm(40, generator=generator)[:21]
+    query, valid = torch.randn(4, 2, 32, generator=generator), torch.rand(21, size, generator=generator) > 0.2
+    pages[(torch.bincount(places, minlength=40) == 0)] = torch.nan  # what is not named must not be read
+    given = attend_slices(query, pages[:, 0], pages[:, 1], row_ids, valid, None, places)
+    expected = attend_slices(query, pages[places, 0], pages[places, 1], row_ids, valid, None)
+    for a, b in zip(given, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_lists_name_each_rows_slices_in_order(monkeypatch):
     monkeypatch.setattr(kernel, "_CHUNK", 4)
     row_ids = torch.tensor([2, 0, 2, 2, 5, 0, 2, 4, 4])

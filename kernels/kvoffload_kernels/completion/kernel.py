@@ -14,9 +14,9 @@ _SEGMENTS = 16  # weighed at a time
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _remove(  # type: ignore[no-untyped-def]
-    anchor, shift, keys, values, valid, row_ids, segment_ids, taken, n_segments, key_slice, key_token, value_slice,
-    value_token, QUERIES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, VALID: tl.constexpr,
+    anchor, shift, keys, values, valid, places, row_ids, segment_ids, taken, n_segments, key_slice, key_token,
+    value_slice, value_token, QUERIES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, VALID: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     query_row = tl.load(row_ids + i)
@@ -24,8 +24,11 @@ def _remove(  # type: ignore[no-untyped-def]
     token, d, dv = tl.arange(0, SP), tl.arange(0, DP), tl.arange(0, DVP)
     counts = token < S
     k_mask, v_mask = counts[:, None] & (d < D)[None, :], counts[:, None] & (dv < DV)[None, :]
-    k = tl.load(keys + i * key_slice + token[:, None] * key_token + d[None, :], mask=k_mask, other=0.0)
-    v = tl.load(values + i * value_slice + token[:, None] * value_token + dv[None, :], mask=v_mask, other=0.0)
+    held = i
+    if PLACED:
+        held = tl.load(places + i)
+    k = tl.load(keys + held * key_slice + token[:, None] * key_token + d[None, :], mask=k_mask, other=0.0)
+    v = tl.load(values + held * value_slice + token[:, None] * value_token + dv[None, :], mask=v_mask, other=0.0)
     k, v = k.to(tl.float32), v.to(tl.float32)
     if VALID:
         counts = counts & (tl.load(valid + i * S + token, mask=counts, other=0) != 0)
@@ -131,11 +134,12 @@ def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple
 def _take_away(taken: Tensor, segments: SegmentSums, slices: Slices, sizes: dict[str, int]) -> None:
     keys, values, valid = slices.keys, slices.values, slices.valid
     row_ids, segment_ids = slices.row_ids.contiguous(), segments.of_pages(slices.page_ids)
-    if keys.shape[0] == 0:
+    n, size = row_ids.shape[0], keys.shape[1]
+    if n == 0:
         return
-    size = keys.shape[1]
-    _remove[(keys.shape[0],)](
+    _remove[(n,)](
         segments.anchor, segments.shift, keys, values, keys if valid is None else valid.contiguous().view(torch.uint8),
-        row_ids, segment_ids, taken, taken.shape[1], *keys.stride()[:2], *values.stride()[:2], S=size,
-        SP=triton.next_power_of_2(size), VALID=valid is not None, **sizes,
+        row_ids if slices.places is None else slices.places, row_ids, segment_ids, taken, taken.shape[1],
+        *keys.stride()[:2], *values.stride()[:2], S=size,
+        SP=triton.next_power_of_2(size), VALID=valid is not None, PLACED=slices.places is not None, **sizes,
     )  # fmt: skip

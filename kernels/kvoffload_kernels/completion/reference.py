@@ -34,13 +34,21 @@ class SegmentSums:
 @dataclass(frozen=True)
 class Slices:
     """Fetched slices: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, and the query row and the page
-    of each, int64 [F]."""
+    of each, int64 [F]. With ``places`` int64 [F] they are those among keys [C, S, D] and values [C, S, Dv]."""
 
     keys: Tensor
     values: Tensor
     valid: Tensor | None
     row_ids: Tensor
     page_ids: Tensor
+    places: Tensor | None = None
+
+    def side_by_side(self) -> "Slices":
+        """Without places: copies where there are any."""
+        if self.places is None:
+            return self
+        keys, values = (t.index_select(0, self.places) for t in (self.keys, self.values))
+        return Slices(keys, values, self.valid, self.row_ids, self.page_ids)
 
 
 def tilted_sums(keys: Tensor, values: Tensor, log_weight: Tensor) -> Tensor:
@@ -92,6 +100,7 @@ def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple
 
 def _slice_sums(anchor: Tensor, shift: Tensor, slices: Slices, n_channels: int) -> Tensor:
     """What each slice put into its segment, fp32 [F, 1 + n_channels + 1], its token count last."""
+    slices = slices.side_by_side()
     rows, key_dim = slices.row_ids, n_channels - slices.values.shape[-1]
     log_valid = torch.zeros(slices.keys.shape[:2], device=rows.device)
     if slices.valid is not None:

@@ -104,10 +104,10 @@ def _picked(mine, i, first, SLICES: tl.constexpr, SP: tl.constexpr):  # type: ig
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, valid, row_ids, out, lse_out, n, key_slice, key_token, value_slice, value_token, valid_slice,
-    valid_token, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr,
-    CAP: tl.constexpr, VALID: tl.constexpr,
+    query, keys, values, valid, places, row_ids, out, lse_out, n, key_slice, key_token, value_slice, value_token,
+    valid_slice, valid_token, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr,
+    CAP: tl.constexpr, VALID: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     T: tl.constexpr = SP * SLICES
@@ -127,12 +127,15 @@ def _attend(  # type: ignore[no-untyped-def]
         for first in range(split * SLICES, count, tl.num_programs(0) * SLICES):
             token = t % SP
             there = (first + t // SP < count) & (token < S)
-            page = _picked(mine, i, first, SLICES, SP).to(tl.int64)
+            at = _picked(mine, i, first, SLICES, SP).to(tl.int64)
+            page = at
+            if PLACED:
+                page = tl.load(places + at, mask=there, other=0)
             k_place, v_place = page * key_slice + token * key_token, page * value_slice + token * value_token
             k = tl.load(keys + k_place[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0)
             v = tl.load(values + v_place[:, None] + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
             if VALID:
-                there = there & (tl.load(valid + page * valid_slice + token * valid_token, mask=there, other=0) != 0)
+                there = there & (tl.load(valid + at * valid_slice + token * valid_token, mask=there, other=0) != 0)
             z = tl.where(there[None, :], capped(joined_twice(product(q, k), HP, T), CAP), -float("inf"))
             top, mass, acc = _weighed(z, v, top, mass, acc, second, dtype)
     _store_partial(top, mass, acc, out, lse_out, (row * tl.num_programs(0) + split) * HEADS, HEADS, HP, DV, DVP)
@@ -140,11 +143,11 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rest(  # type: ignore[no-untyped-def]
-    query, anchor, shift, masses, counts, sums, ends, keys, values, valid, row_ids, page_ids, out, lse_out, n,
+    query, anchor, shift, masses, counts, sums, ends, keys, values, valid, places, row_ids, page_ids, out, lse_out, n,
     n_segments, rounding, key_slice, key_token, value_slice, value_token, valid_slice, valid_token,
     HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
-    VALID: tl.constexpr,
+    VALID: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, dv, t = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, SP * SLICES)
@@ -163,7 +166,10 @@ def _rest(  # type: ignore[no-untyped-def]
             token = t % SP
             there = (first + t // SP < count) & (token < S)
             at = _picked(mine, i, first, SLICES, SP).to(tl.int64)
-            k_place, v_place = at * key_slice + token * key_token, at * value_slice + token * value_token
+            held = at
+            if PLACED:
+                held = tl.load(places + at, mask=there, other=0)
+            k_place, v_place = held * key_slice + token * key_token, held * value_slice + token * value_token
             k = tl.load(keys + k_place[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
             v = tl.load(values + v_place[:, None] + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
             if VALID:
@@ -275,17 +281,17 @@ def begin(
     return output, lse
 
 
-def takes_slices(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the two functions below take these: not too many, of a fraction of a tile each."""
+def takes_slices(query: Tensor, keys: Tensor, values: Tensor, n: int) -> bool:
+    """Whether the two functions below take n of these: not too many, of a fraction of a tile each."""
     near = keys.stride(-1) == 1 and values.stride(-1) == 1 and keys.dtype == values.dtype
-    return near and 2 <= keys.shape[1] <= _TILE and keys.shape[0] <= _MOST_SLICES and query.shape[1] <= MAX_HEADS
+    return near and 2 <= keys.shape[1] <= _TILE and n <= _MOST_SLICES and query.shape[1] <= MAX_HEADS
 
 
 def _slices(
-    keys: Tensor, values: Tensor, valid: Tensor | None, most: int
+    keys: Tensor, values: Tensor, valid: Tensor | None, n: int, most: int
 ) -> tuple[tuple[int, ...], dict[str, int | bool]]:
-    """Strides, also of what says which tokens are valid, and sizes of slices, of which a tile has ``most``."""
-    n, size = keys.shape[:2]
+    """Strides, also of what says which tokens are valid, and sizes of n slices, of which a tile has ``most``."""
+    size = keys.shape[1]
     padded = int(triton.next_power_of_2(size))
     strides = (*keys.stride()[:2], *values.stride()[:2], *((0, 0) if valid is None else valid.stride()))
     chunk = min(_CHUNK, _padded(n))
@@ -294,17 +300,19 @@ def _slices(
 
 
 def attend_slices(
-    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None
-) -> Parts:
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None,
+    places: Tensor | None = None,
+) -> Parts:  # fmt: skip
     """As ``sparse_decode.reference.attend_slices`` where ``takes_slices``, in as many parts as there are splits."""
     rows, heads, _ = query.shape
-    strides, sizes = _slices(keys, values, valid, _SLICES)
     n, value_dim = row_ids.shape[0], values.shape[-1]
+    strides, sizes = _slices(keys, values, valid, n, _SLICES)
     n_splits = max(1, min(triton.cdiv(_PROGRAMS, rows), triton.cdiv(n, sizes["SLICES"])))
     out, lse = query.new_empty(rows, n_splits, heads, value_dim), query.new_empty(rows, n_splits, heads)
     _attend[(n_splits, rows)](
-        query, keys, values, keys if valid is None else valid.view(torch.uint8), row_ids.contiguous(), out, lse, n,
-        *strides, CAP=softcap or 0.0, **sizes, **_heads(query, value_dim),
+        query, keys, values, keys if valid is None else valid.view(torch.uint8),
+        row_ids if places is None else places, row_ids.contiguous(), out, lse, n, *strides, CAP=softcap or 0.0,
+        PLACED=places is not None, **sizes, **_heads(query, value_dim),
     )  # fmt: skip
     return out, lse
 
@@ -312,14 +320,15 @@ def attend_slices(
 def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Parts:
     """As ``reference.rest_of_segments`` where ``takes_slices``."""
     rows, n_segments = segments.mass.shape
-    value_dim, valid = slices.values.shape[-1], slices.valid
-    strides, sizes = _slices(slices.keys, slices.values, valid, _TAKEN_SLICES)
+    value_dim, valid, n = slices.values.shape[-1], slices.valid, slices.row_ids.shape[0]
+    strides, sizes = _slices(slices.keys, slices.values, valid, n, _TAKEN_SLICES)
     out, lse = query.new_empty(rows, n_segments, 1, value_dim), query.new_empty(rows, n_segments, query.shape[1])
     _rest[(n_segments, rows)](
         query, segments.anchor, segments.shift, segments.mass, segments.counts, segments.sums, segments.ends,
         slices.keys, slices.values, slices.keys if valid is None else valid.view(torch.uint8),
-        slices.row_ids.contiguous(), slices.page_ids.contiguous(), out, lse, slices.keys.shape[0], n_segments,
-        segments.rounding, *strides, LEAST=EMPTY, **sizes, **_heads(query, value_dim),
+        slices.row_ids if slices.places is None else slices.places, slices.row_ids.contiguous(),
+        slices.page_ids.contiguous(), out, lse, n, n_segments, segments.rounding, *strides, LEAST=EMPTY,
+        PLACED=slices.places is not None, **sizes, **_heads(query, value_dim),
     )  # fmt: skip
     return out, lse
 

@@ -40,9 +40,10 @@ def _lists(row_ids, order, counts, n, CHUNK: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, valid, order, counts, out, lse_out, n, key_slice, key_token, value_slice, value_token,
-    HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, SLICES: tl.constexpr, CAP: tl.constexpr, VALID: tl.constexpr,
+    query, keys, values, valid, places, order, counts, out, lse_out, n, key_slice, key_token, value_slice,
+    value_token, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SLICES: tl.constexpr, CAP: tl.constexpr, VALID: tl.constexpr,
+    PLACED: tl.constexpr,
 ):  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     T: tl.constexpr = SP * SLICES
@@ -59,12 +60,15 @@ def _attend(  # type: ignore[no-untyped-def]
     for first in range(split * SLICES, count, tl.num_programs(0) * SLICES):
         place, token = first + t // SP, t % SP
         there = (place < count) & (token < S)
-        page = tl.load(order + row * n + place, mask=there, other=0).to(tl.int64)
+        at = tl.load(order + row * n + place, mask=there, other=0).to(tl.int64)
+        page = at
+        if PLACED:
+            page = tl.load(places + at, mask=there, other=0)
         k_place, v_place = page * key_slice + token * key_token, page * value_slice + token * value_token
         k = tl.load(keys + k_place[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0)
         v = tl.load(values + v_place[:, None] + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
         if VALID:
-            there = there & (tl.load(valid + page * S + token, mask=there, other=0) != 0)
+            there = there & (tl.load(valid + at * S + token, mask=there, other=0) != 0)
         z = capped(joined_twice(product(q, k), HP, T), CAP)
         z = tl.where(there[None, :], z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, 1))
@@ -95,8 +99,9 @@ def slice_lists(row_ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def attend_slices(
-    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.attend_slices`` where ``supported``; slices of keys and values may lie apart."""
     rows, heads, dim = query.shape
     size, value_dim = values.shape[1:]
@@ -106,11 +111,12 @@ def attend_slices(
     order, counts = slice_lists(row_ids, rows)
     out, lse = query.new_empty(rows, n_splits, heads, value_dim), query.new_empty(rows, n_splits, heads)
     _attend[(n_splits, rows)](
-        query.contiguous(), keys, values, counts if valid is None else valid.contiguous().view(torch.uint8), order,
-        counts, out, lse, row_ids.shape[0], *keys.stride()[:2], *values.stride()[:2],
+        query.contiguous(), keys, values, counts if valid is None else valid.contiguous().view(torch.uint8),
+        row_ids if places is None else places, order, counts, out, lse, row_ids.shape[0], *keys.stride()[:2],
+        *values.stride()[:2],
         HEADS=heads, HP=padded_heads(heads), D=dim, DP=max(16, triton.next_power_of_2(dim)), DV=value_dim,
         DVP=max(16, triton.next_power_of_2(value_dim)), S=size, SP=padded_size, SLICES=slices, CAP=softcap or 0.0,
-        VALID=valid is not None,
+        VALID=valid is not None, PLACED=places is not None,
     )  # fmt: skip
     return merge_splits(out, lse)
 

@@ -7,13 +7,17 @@ from kvoffload_kernels.dense_attention.reference import soft_cap, weigh
 
 
 def attend_slices(
-    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of each row's queries over its own slices.
 
     query [rows, R, D] fp32, already scaled; keys [F, S, D], values [F, S, Dv], row_ids int64 [F], valid bool [F, S] or
-    None. Returns fp32 ([rows, R, Dv], [rows, R]); a row without a valid token gives (0, -inf).
+    None. With ``places`` int64 [F] the slices are those among keys [C, S, D] and values [C, S, Dv]. Returns fp32
+    ([rows, R, Dv], [rows, R]); a row without a valid token gives (0, -inf).
     """
+    if places is not None:
+        keys, values = keys.index_select(0, places), values.index_select(0, places)
     rows, group, _ = query.shape
     logits = soft_cap(query[row_ids] @ keys.float().transpose(1, 2), softcap)  # [F, R, S]
     if valid is not None:
