@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvoffload_kernels.cache_slots import reference as cache_slots
-from kvoffload_kernels.cache_slots.reference import Hits
+from kvoffload_kernels.cache_slots.reference import Hits, Table
 from kvoffload_kernels.completion import reference as completion
 from kvoffload_kernels.completion.reference import SegmentSums, Slices
 from kvoffload_kernels.decode_step import reference as decode_step
@@ -312,12 +312,10 @@ def top_pages(
     return page_top.top_pages(scores, anchor_lse, n_heads, n_slices, n_wanted)
 
 
-def assign_slots(
-    wanted: Tensor, owners: Tensor, last_used: Tensor, now: Tensor, hits: Hits | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def assign_slots(wanted: Tensor, table: Table, hits: Hits | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``cache_slots.reference.assign_slots``."""
     if _verified("cache_slots", wanted):
         from kvoffload_kernels.cache_slots import kernel
 
-        return kernel.assign_slots(wanted, owners, last_used, now, hits)
-    return cache_slots.assign_slots(wanted, owners, last_used, now, hits)
+        return kernel.assign_slots(wanted, table, hits)
+    return cache_slots.assign_slots(wanted, table, hits)

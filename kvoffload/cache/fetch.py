@@ -155,7 +155,11 @@ class Fetch(ABC):
         if selection.n_queries > 1:
             return None
         keys = ids if selection.wanted is None else torch.where(selection.wanted, ids, -1)
-        return self.slots.admit(keys, Hits(self.n_hits, self.decode.spared, self._spared_bytes))
+        return self.slots.admit(keys, self._n_ids(), Hits(self.n_hits, self.decode.spared, self._spared_bytes))
+
+    def _n_ids(self) -> int:
+        """How many ``_ids`` there may be, which does not change while steps have fixed shapes."""
+        return self.store.n_pages(self.layer) * self.geometry.rows
 
     def _pages(self, data: Tensor) -> Pages:
         keys, values = unpack_slices(data, self.geometry)
@@ -207,6 +211,9 @@ class MappedFetch(Fetch):
     @property
     def _spared_bytes(self) -> int:
         return 0 if self.store.tier == "gpu" else self.geometry.slice_bytes
+
+    def _n_ids(self) -> int:
+        return len(self._memory()) * self.geometry.rows
 
     def _memory(self) -> Tensor:
         memory = self.store.mapped(self.layer)

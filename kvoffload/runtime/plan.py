@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from kvoffload.cache.slots import key_room
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
 from kvoffload.models.parallel import ALONE, Ranks
@@ -222,8 +223,14 @@ def _device_needs(kv: KVFootprint, config: RuntimeConfig, context: int, batch: i
         Need(f"index ({config.selector.kind})", index_place, config.selector.index_bytes(*sizes) * rows),
         Need(f"completion ({'+'.join(c.kind for c in config.completion)})", "device", states * rows),
         Need("pages of a step", "device", round(largest * kv.token_bytes) * kv.n_kv_heads * batch * n_stagings),
-        Need("page cache", "device", cache or 0),
+        Need("page cache", "device", 0 if cache is None else cache + _lookup_bytes(kv, config, context, batch)),
     )
+
+
+def _lookup_bytes(kv: KVFootprint, config: RuntimeConfig, context: int, batch: int) -> int:
+    """What finds a slice in the page cache: four bytes for each there may be, on the host where selections go there."""
+    n_slices = -(-context // config.page_size) * kv.n_kv_heads * batch
+    return 0 if config.offload == "nvme" else 4 * kv.n_layers * key_room(n_slices)
 
 
 def _page_needs(kv: KVFootprint, config: RuntimeConfig, context: int, batch: int) -> tuple[Need, ...]:

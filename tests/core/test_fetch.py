@@ -115,7 +115,22 @@ def test_a_step_that_is_larger_than_the_cache_passes_it_by(built):
     for n in (9, 30, 30, 46, 4):
         asked = random_selection(n, generator)
         check(take(fetch.start(asked)), asked)
-    assert fetch.slots.resident_bytes == 9 * SHAPE.slice_bytes  # the size that was given is a bound
+    slots = fetch.slots
+    assert slots.resident_bytes - slots.table_bytes == 9 * SHAPE.slice_bytes  # the size that was given is a bound
+    assert slots.table_bytes >= 4 * SHAPE.rows * N_PAGES
+
+
+def test_a_cache_keeps_what_it_has_while_its_keys_grow_in_number():
+    cache, first = PageCache(9, SHAPE.slice_bytes, CPU), torch.tensor([0, 3, 2])
+    with_room, _, _ = cache.admit(first, 4)
+    table_bytes = cache.table_bytes
+    places, hit, _ = cache.admit(torch.tensor([2, 700, 0]), 1000)
+    assert hit.tolist() == [True, False, True]
+    assert places[[2, 0]].tolist() == with_room[[0, 2]].tolist()
+    assert cache.table_bytes > table_bytes
+    assert cache.admit(torch.tensor([700]), 1000)[1].all()
+    cache.forget()
+    assert not cache.admit(torch.tensor([700, 3, 2]), 1000)[1].any()
 
 
 def test_what_is_resident_does_not_move_again(built):
