@@ -23,7 +23,7 @@ def decode(
     nvme_dir: flags.NvmeDir = None, cpu_max: flags.CpuMax = None, selector: flags.Selector = None,
     completion: flags.Completion = None, policy: flags.Policy = None, index: flags.Index = None,
     gpu_cache: flags.GpuCache = None, page_size: flags.PageSize = None, sinks: flags.Sinks = None,
-    recent: flags.Recent = None, self_test: flags.SelfTest = None, settings: bench_flags.Set = None,
+    recent: flags.Recent = None, settings: bench_flags.Set = None,
     config: flags.Config = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
     """Time a decode step, beside the floor and peers. KV is filled directly, and compared with dense first."""
@@ -41,7 +41,7 @@ def prefill(
     budget: flags.Budget = None,
     prefill_chunk: flags.PrefillChunk = None, device_max: bench_flags.DeviceMax = None, offload: flags.Offload = None,
     nvme_dir: flags.NvmeDir = None, selector: flags.Selector = None, completion: flags.Completion = None,
-    index: flags.Index = None, page_size: flags.PageSize = None, self_test: flags.SelfTest = None,
+    index: flags.Index = None, page_size: flags.PageSize = None,
     settings: bench_flags.Set = None, config: flags.Config = None, json: flags.Json = False,
 ) -> None:  # fmt: skip
     """Time a prefill, beside the library's dense one. Ours with everything that it writes and summarises."""

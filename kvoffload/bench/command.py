@@ -32,9 +32,10 @@ def run_decode(flags: Mapping[str, Any], config_file: Path | None, output: Outpu
     plan, names = decode_plan(flags, settings), peer_names(flags["peers"])
     bench = begin(settings, flags, output, context=plan.context, batch=plan.batch)
     config, model = bench.runtime.config, bench.loaded.model
-    kv = PromptKv(model, plan.batch, plan.context)
+    with output.phases.phase("prompt"):
+        kv = PromptKv(model, plan.batch, plan.context)
     contenders = [ours("ours", model, config, kv), *peers(names, model, config, kv)]
-    runner = DecodeBench(plan, bench.clock, bench.ceilings, bench.vocabulary)
+    runner = DecodeBench(plan, bench.clock, bench.ceilings, bench.vocabulary, output.phases)
     fused, eager = (stock("library", model, kv, offloading=False, eager=eager) for eager in (False, True))
     errors = runner.gate(fused, eager, contenders)
     output.view.say("equal to dense with everything read: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
@@ -67,10 +68,12 @@ def run_prefill(flags: Mapping[str, Any], config_file: Path | None, output: Outp
     names = peer_names(flags["peers"], ("stock",))
     bench = begin(settings, flags, output, context=context, batch=1)
     runner = PrefillBench(bench, context, int(flags["runs"]), int(flags["kernels"]))
-    ours_s, stock_s, error = runner.gate()
+    with output.phases.phase("gate"):
+        ours_s, stock_s, error = runner.gate()
     output.view.say(f"equal to the library's prefill: {error:.1e}")
-    runs = [runner.measure("ours", runner.ours, ours_s)]
-    runs += [runner.measure("stock", runner.stock, stock_s) for _ in names]
+    with output.phases.phase("timing"):
+        runs = [runner.measure("ours", runner.ours, ours_s)]
+        runs += [runner.measure("stock", runner.stock, stock_s) for _ in names]
     output.finish(prefill_tables(bench, context, runs), prefill_values(bench, context, error, runs))
     return 0
 

@@ -1,6 +1,7 @@
 """Time of a decode step: ours and its peers, in turn, against the floor of the machine."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 
 from kvoffload.bench.ceilings import Ceilings, StepBytes
 from kvoffload.bench.clock import Clock, Timing
-from kvoffload.bench.gate import check
+from kvoffload.bench.gate import check, dense_steps
 from kvoffload.bench.kernels import Kernel, kernels_of
+from kvoffload.bench.phases import Phases
 from kvoffload.bench.runs import Case, Contender, Run
 from kvoffload.errors import OutOfRoomError
 
@@ -73,15 +75,22 @@ class Measured:
 class DecodeBench:
     """Gate first, then one contender after the other; what one leaves behind is given back before the next."""
 
-    def __init__(self, plan: DecodePlan, clock: Clock, ceilings: Ceilings, vocabulary: int) -> None:
-        self._plan, self._clock, self._ceilings = plan, clock, ceilings
+    def __init__(
+        self, plan: DecodePlan, clock: Clock, ceilings: Ceilings, vocabulary: int, phases: Phases | None = None
+    ) -> None:
+        self._plan, self._clock, self._ceilings, self._phases = plan, clock, ceilings, phases or Phases()
         draws = torch.randint(vocabulary, (_GATE_STEPS, plan.batch, 1), generator=torch.Generator().manual_seed(1))
         self._ids = self._fed = draws.to(clock.device)
 
     def gate(self, reference: Contender, eager: Contender, contenders: list[Contender]) -> dict[str, float]:
         """Relative errors of those that claim to be exact; raises GateError where one is not."""
         exact = [c for c in contenders if c.exact_steps and not c.lacks]
-        errors = check(reference, eager, exact, self._plan.gate_case, self._ids)
+        with self._phases.phase("gate: the library's own"):
+            expected = dense_steps(reference, eager, self._plan.gate_case, self._ids)
+        errors = {}
+        for contender in exact:
+            with self._phases.phase(f"gate: {contender.name}"):
+                errors[contender.name] = check(contender, expected, self._plan.gate_case, self._ids)
         self._clock.give_back()
         return errors
 
@@ -102,14 +111,18 @@ class DecodeBench:
             yield from range(self._plan.batch - 1, 0, -1)
 
     def _measure(self, contender: Contender, n_sequences: int) -> Measured:
-        n_steps = min(self._plan.steps, contender.most_steps)
-        with contender.open(self._plan.case(n_sequences)) as run:
+        n_steps, phase = min(self._plan.steps, contender.most_steps), self._phases.phase
+        with ExitStack() as stack:
+            with phase(f"{contender.name}: KV"):
+                run = stack.enter_context(contender.open(self._plan.case(n_sequences)))
             self._fed = self._ids[0, :n_sequences]
-            for _ in range(min(WARM_UP, contender.most_steps)):
-                self._go_on(run)
+            with phase(f"{contender.name}: warm-up"):
+                for _ in range(min(WARM_UP, contender.most_steps)):
+                    self._go_on(run)
             run.start()
             self._clock.start_peak()
-            step = self._clock.wall(lambda: self._go_on(run), n_steps)
+            with phase(f"{contender.name}: timing"):
+                step = self._clock.wall(lambda: self._go_on(run), n_steps)
             peak = self._clock.peak_bytes()
             touched = run.step_bytes(n_steps)
             kernels = kernels_of(lambda: self._go_on(run), self._clock, self._plan.n_kernels)

@@ -1,7 +1,7 @@
 """Before anything is timed: with everything read, a runtime gives what dense attention gives, as far as rounding lets
 any two attentions agree (in bf16 the library's own two are some percent apart behind 32 random layers)."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,19 +19,25 @@ class GateError(KvoffloadError):
     """What was to be timed computes something else."""
 
 
-def check(
-    reference: Contender, eager: Contender, contenders: Sequence[Contender], case: Case, ids: Tensor
-) -> dict[str, float]:
-    """The largest relative error of each contender over the steps of int64 ``ids`` [n, B, 1]; ``reference`` and
-    ``eager`` are the library's own. In fp32 the likeliest token of every step must be the same too. Raises GateError by
-    name."""
-    expected, rounded = (_opened(library, case, ids) for library in (reference, eager))
-    errors = {}
-    for contender in contenders:
-        n = min(len(ids), contender.exact_steps)
-        given = _opened(contender, case, ids[:n])
-        errors[contender.name] = compare(contender.name, given, expected[:n], distance(rounded[:n], expected[:n]))
-    return errors
+@dataclass(frozen=True)
+class Dense:
+    """The library's logits [n, B, vocabulary] by its fused attention and by its eager one."""
+
+    fused: Tensor
+    eager: Tensor
+
+
+def dense_steps(reference: Contender, eager: Contender, case: Case, ids: Tensor) -> Dense:
+    """What the library's own two give for the steps of int64 ``ids`` [n, B, 1]."""
+    return Dense(_opened(reference, case, ids), _opened(eager, case, ids))
+
+
+def check(contender: Contender, expected: Dense, case: Case, ids: Tensor) -> float:
+    """The largest relative error over the steps of int64 ``ids`` [n, B, 1]. In fp32 the likeliest token of every step
+    must be the same too. Raises GateError by name."""
+    n = min(len(ids), contender.exact_steps)
+    rounding = distance(expected.eager[:n], expected.fused[:n])
+    return compare(contender.name, _opened(contender, case, ids[:n]), expected.fused[:n], rounding)
 
 
 def _opened(contender: Contender, case: Case, ids: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import IO, Any, TextIO
 
 from rich.console import Console
 
+from kvoffload.bench.phases import Phases
 from kvoffload.runtime.doctor import package_version
 from kvoffload.runtime.terminal import ProgressView, write_json, write_table
 
@@ -20,12 +21,14 @@ class Table:
 
 
 class Output:
-    """Tables on ``out``; with ``as_json`` they go to the console, and ``out`` gets one object."""
+    """Tables on ``out``; with ``as_json`` they go to the console, and ``out`` gets one object.
+    ``phases`` are told as they end and are part of the object."""
 
     def __init__(self, out: TextIO, console: Console, *, as_json: bool) -> None:
         self._out, self._as_json = out, as_json
         self._tables: IO[str] = console.file if as_json else out
         self.view = ProgressView(console, quiet=False)
+        self.phases = Phases(self.view.say)
 
     def tell_ceilings(self, rows: Iterable[tuple[str, str]]) -> None:
         """The first thing that a benchmark tells."""
@@ -38,7 +41,7 @@ class Output:
         for note in notes:
             self._tables.write(note + "\n")
         if self._as_json:
-            write_json(self._out, {**values, "versions": _versions()})
+            write_json(self._out, {**values, "seconds": self.phases.as_dict(), "versions": _versions()})
 
 
 def _versions() -> dict[str, str | None]:

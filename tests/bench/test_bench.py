@@ -2,8 +2,9 @@
 
 import io
 import json
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from kvoffload.bench.decode import DecodeBench, DecodePlan
 from kvoffload.bench.gate import GateError, compare
 from kvoffload.bench.imposed import draw_trace
 from kvoffload.bench.kernels import kernels_of
+from kvoffload.bench.phases import KERNELS, Phases
 from kvoffload.bench.prompt_kv import PromptKv
 from kvoffload.bench.runs import FULL, Case, Contender, OurRun, Run, on_device, ours, selection_only, stock
 from kvoffload.cache.fetch import unpack_slices
@@ -71,6 +73,36 @@ def test_every_peer_is_measured_or_left_out_with_the_reason(decoded: Any) -> Non
 def test_what_is_timed_was_compared_with_dense_attention(decoded: Any) -> None:
     assert set(decoded["gate"]) == {"ours", "dense", "selection", "resident"}
     assert all(0 <= error < 1e-4 for error in decoded["gate"].values())
+
+
+def test_a_report_says_where_the_time_of_the_run_went(decoded: Any) -> None:
+    seconds = decoded["seconds"]
+    before = ["start", "ceilings", "weights", "prompt", "gate: the library's own"]
+    gate = [f"gate: {name}" for name in decoded["gate"]]
+    runs = [f"{name}: {phase}" for name in decoded["runs"] for phase in ("KV", "warm-up", "timing")]
+    assert list(seconds) == before + gate + runs
+    timed = 2 * decoded["runs"]["ours"]["step_ms"]["mean"] / 1e3
+    assert timed <= seconds["ours: timing"] + 1e-3 < sum(seconds.values())
+
+
+def test_a_model_is_tested_once_by_the_gate(kvoffload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_again(*_: Any) -> None:
+        raise AssertionError("its kernels have other sizes, each of which is compiled")
+
+    monkeypatch.setattr("kvoffload.runtime.engine.check_parity", test_again)
+    report(kvoffload(*DECODE, "--peers", "none"))
+
+
+def test_a_phase_tells_what_compiling_kernels_took_of_it() -> None:
+    lines: list[str] = []
+    phases = Phases(lines.append)
+    with phases.phase("gate"):
+        phases._count(times=SimpleNamespace(total=1_500_000), cache_hit=False, src=None)
+        phases._count(times=SimpleNamespace(total=9_000_000), cache_hit=True, src=None)
+    with suppress(RuntimeError), phases.phase("ours: KV"):
+        raise RuntimeError
+    assert lines == ["gate 0.0 s, 1.5 of them for compiling 1 kernels", "ours: KV 0.0 s"]
+    assert phases.as_dict()[KERNELS] == 1.5
 
 
 def test_a_step_reads_its_budget_and_its_floor_follows_from_the_bytes(decoded: Any) -> None:
