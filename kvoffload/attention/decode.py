@@ -6,7 +6,8 @@ from kvoffload_kernels.dispatch import attend_rows, attend_slices, fuses_rows
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
-from kvoffload.cache.fetch import Arrival, unpack_slices
+from kvoffload.cache.arrived import Arrival
+from kvoffload.cache.fetch import unpack_slices
 from kvoffload.values import Fetched, Partial, by_row, merge
 
 

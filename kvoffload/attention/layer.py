@@ -14,7 +14,8 @@ from kvoffload.attention.prefetch import Prefetch
 from kvoffload.attention.upkeep import Upkeep
 from kvoffload.buffers import Room
 from kvoffload.cache.anchors import Anchors
-from kvoffload.cache.fetch import Arrival, Fetch, pack_pages
+from kvoffload.cache.arrived import Arrival
+from kvoffload.cache.fetch import Fetch, pack_pages
 from kvoffload.completion.base import Completion
 from kvoffload.completion.gated import GatedCompletion
 from kvoffload.geometry import Geometry

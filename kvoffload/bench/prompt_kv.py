@@ -1,7 +1,7 @@
 """The KV of a prompt that nobody prefilled: the model's own for its first tokens, random after them with the same mean
 and deviation in every channel, the same for every runtime that is measured on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from kvoffload.attention.prefill import prepare
 from kvoffload.models.cache import OffloadCache, OffloadLayer
 from kvoffload.models.stock import LayerKv, prompt_layers
+from kvoffload.runtime.session import Session
 
 _REAL_TOKENS = 256
 _BLOCK_TOKENS = 8192
@@ -55,18 +56,29 @@ class PromptKv:
         after any prefill."""
         for i, layer in enumerate(cache.layers):
             assert isinstance(layer, OffloadLayer), "prompt_layers refuses bounded layers"
-            assert layer.kv is not None, "its prefill was just made"
-            layer.kv.ready = False
-            for keys, values in self.random(i, n_sequences, n_tokens):
-                layer.kv.append(keys.flatten(0, 1), values.flatten(0, 1))
-                layer.n_seen += keys.shape[2]
-            prepare(layer.kv)
+            extend(layer, self.random(i, n_sequences, n_tokens))
+
+    def fill_session(self, session: Session, n_tokens: int) -> None:
+        """The same for an empty session; its text is zeros after the real tokens."""
+        session.prefill(self.ids[0])
+        self.fill(session.cache, 1, n_tokens)
+        session.token_ids += [0] * (n_tokens - len(session.token_ids))
 
     @staticmethod
     def _draw(mean: Tensor, deviation: Tensor, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
         shape = (*like.shape[:2], n, like.shape[3])
         noise = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
         return noise.mul_(deviation).add_(mean)
+
+
+def extend(layer: OffloadLayer, blocks: Iterable[LayerKv]) -> None:
+    """Give a layer that has the beginning of its prompt the rest, and summarise all of it as after any prefill."""
+    assert layer.kv is not None, "its prefill was just made"
+    layer.kv.ready = False
+    for keys, values in blocks:
+        layer.kv.append(keys.flatten(0, 1), values.flatten(0, 1))
+        layer.n_seen += keys.shape[2]
+    prepare(layer.kv)
 
 
 def _moments(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,15 +85,14 @@ class OurRun(Run):
     def _fill(self, kv: PromptKv, case: Case) -> None:
         """The real tokens by a prefill, the others directly."""
         if case.n_sequences == 1:
-            self._session.prefill(kv.ids[0])
+            kv.fill_session(self._session, case.n_tokens)
         else:
             with self.cache.prefilling():
                 self._model(kv.ids[: case.n_sequences], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        kv.fill(self.cache, case.n_sequences, case.n_tokens)
+            kv.fill(self.cache, case.n_sequences, case.n_tokens)
         if case.hit_share is not None and not case.exactly:
             for layer in self.cache.offloaded:
                 layer.chooser = ImposedHits(layer.chooser, case.hit_share)
-        self._session.token_ids += [0] * (case.n_tokens - len(self._session.token_ids))
 
     def step(self, ids: Tensor) -> Tensor:
         stepped = self._session.replays.step(self.cache, ids)

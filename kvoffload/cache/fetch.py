@@ -14,6 +14,7 @@ from kvoffload_storage.errors import StorageError
 from kvoffload_storage.store import Moved, Store, Ticket
 from torch import Tensor
 
+from kvoffload.cache.arrived import Arrival, Arrived
 from kvoffload.cache.slots import Slots
 from kvoffload.geometry import Geometry
 from kvoffload.repeats import on_host
@@ -44,20 +45,6 @@ class Traffic:
     def total(self) -> Moved:
         """Both counts together; waits for the device."""
         return self.moved + Moved(cpu=-int(self.spared))
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """Slices that came, on the device: all of ``data`` uint8 [F, slice_bytes], or with ``places`` int64 [F] those
-    among data [C, slice_bytes]."""
-
-    selection: Selection
-    data: Tensor
-    places: Tensor | None = None
-
-
-Arrival = Callable[[], Arrived]
-"""Slices of a step: the call waits if it must, and gives those that came."""
 
 
 class Fetch(ABC):
