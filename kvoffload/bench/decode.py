@@ -98,7 +98,6 @@ class DecodeBench:
         """Raises OutOfRoomError when not even one sequence fits (or not all of them, where the KV is offloaded)."""
         error = None
         for n_sequences in self._batches(contender):
-            self._clock.give_back()
             try:
                 return self._measure(contender, n_sequences)
             except torch.OutOfMemoryError as caught:
@@ -114,6 +113,7 @@ class DecodeBench:
         n_steps, phase = min(self._plan.steps, contender.most_steps), self._phases.phase
         with ExitStack() as stack:
             with phase(f"{contender.name}: KV"):
+                self._clock.give_back()
                 run = stack.enter_context(contender.open(self._plan.case(n_sequences)))
             self._fed = self._ids[0, :n_sequences]
             with phase(f"{contender.name}: warm-up"):
@@ -125,11 +125,17 @@ class DecodeBench:
                 step = self._clock.wall(lambda: self._go_on(run), n_steps)
             peak = self._clock.peak_bytes()
             touched = run.step_bytes(n_steps)
-            kernels = kernels_of(lambda: self._go_on(run), self._clock, self._plan.n_kernels)
+            kernels = self._kernels(contender.name, run)
             floor_s = touched.floor_s(self._ceilings, contender.tier)
             return Measured(
                 contender.name, n_sequences, step, touched, floor_s, run.kv_bytes, peak, run.told(), kernels
             )
+
+    def _kernels(self, name: str, run: Run) -> tuple[Kernel, ...]:
+        if not self._plan.n_kernels:
+            return ()
+        with self._phases.phase(f"{name}: kernels"):
+            return kernels_of(lambda: self._go_on(run), self._clock, self._plan.n_kernels)
 
     def _go_on(self, run: Run) -> None:
         self._fed = run.step(self._fed).argmax(-1, keepdim=True)

@@ -41,12 +41,8 @@ def draw_trace(n_slices: int, n_rows: int, n_pages: int, share: float, *, seed: 
     shuffled list of each row's pages, taken in turn."""
     generator = torch.Generator().manual_seed(seed)
     pages = torch.stack([torch.randperm(n_pages, generator=generator) for _ in range(n_rows)])
-    rows = torch.arange(n_slices) % n_rows
-    turns = torch.arange(n_slices) // n_rows
-    n_new = n_slices - round(share * n_slices)
-    steps = []
-    for step in range(_N_STEPS):
-        steps.append(torch.stack([rows, pages[rows, turns % n_pages]]))
-        changed = (step * n_new + torch.arange(n_new)) % n_slices  # the oldest go
-        turns[changed] += -(-n_slices // n_rows)
-    return torch.stack(steps)
+    places, rows = torch.arange(n_slices), torch.arange(n_slices) % n_rows
+    n_changed = torch.arange(_N_STEPS)[:, None] * (n_slices - round(share * n_slices))  # so far; the oldest go
+    n_times = (n_changed - places + n_slices - 1) // n_slices  # that each place was among them
+    turns = places // n_rows + n_times * -(-n_slices // n_rows)
+    return torch.stack([rows.expand_as(turns), pages[rows, turns % n_pages]], 1)
