@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvoffload.cache.fetch import Arrival
+from kvoffload.cache.arrived import Arrival
 
 if TYPE_CHECKING:
     from kvoffload.attention.layer import LayerCache

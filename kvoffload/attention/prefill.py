@@ -9,7 +9,8 @@ from kvoffload.attention.gate import choose_at_prefill
 from kvoffload.attention.layer import Anchored, LayerCache
 from kvoffload.attention.sample import take_sample
 from kvoffload.attention.stream import stream
-from kvoffload.cache.fetch import Traffic, pack_pages
+from kvoffload.cache.arrived import Traffic
+from kvoffload.cache.fetch import pack_pages
 from kvoffload.values import Partial, merge
 
 

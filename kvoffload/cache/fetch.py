@@ -4,7 +4,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from kvoffload_kernels.cache_slots.reference import Hits
@@ -14,7 +13,7 @@ from kvoffload_storage.errors import StorageError
 from kvoffload_storage.store import Moved, Store, Ticket
 from torch import Tensor
 
-from kvoffload.cache.arrived import Arrival, Arrived
+from kvoffload.cache.arrived import Arrival, Arrived, Traffic
 from kvoffload.cache.slots import Slots
 from kvoffload.geometry import Geometry
 from kvoffload.repeats import on_host
@@ -32,19 +31,6 @@ def unpack_slices(data: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     numbers, size = data.view(geometry.dtype), geometry.page_size
     keys, values = numbers.split([size * geometry.key_dim, size * geometry.value_dim], dim=-1)
     return keys.unflatten(-1, (size, geometry.key_dim)), values.unflatten(-1, (size, geometry.value_dim))
-
-
-@dataclass
-class Traffic:
-    """Bytes that crossed from a slow tier to the compute device in one phase: ``moved`` as the host knows it, less what
-    the device finds not to move (``spared``: hits of its page cache)."""
-
-    moved: Moved = field(default_factory=Moved)
-    spared: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-
-    def total(self) -> Moved:
-        """Both counts together; waits for the device."""
-        return self.moved + Moved(cpu=-int(self.spared))
 
 
 class Fetch(ABC):
