@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvoffload.attention.prefill import prepare
-from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.cache import OffloadCache
+from kvoffload.models.offload_layer import OffloadLayer
 from kvoffload.models.stock import LayerKv, prompt_layers
 from kvoffload.runtime.session import Session
 

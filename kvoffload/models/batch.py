@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import KvoffloadError
-from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.cache import OffloadCache
+from kvoffload.models.offload_layer import OffloadLayer
 from kvoffload.models.tagged import AttendingLayer
 from kvoffload.values import Partial
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
 from kvoffload.models.batch import FAILURES, Fed, batch_of, feed_together
-from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.cache import OffloadCache
 from kvoffload.models.compiled import Glue, fused
+from kvoffload.models.offload_layer import OffloadLayer
 from kvoffload.models.step_graph import Replayed, StepGraph, Stepped
 from kvoffload.repeats import Capture
 

@@ -12,7 +12,8 @@ from kvoffload.attention.layer import Anchored, LayerCache
 from kvoffload.attention.prefill import prepare_again
 from kvoffload.errors import KvoffloadError, UnsupportedModelError
 from kvoffload.geometry import Geometry
-from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.cache import OffloadCache
+from kvoffload.models.offload_layer import OffloadLayer
 
 
 class LayerState(BaseModel):

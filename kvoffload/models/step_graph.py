@@ -17,8 +17,9 @@ from torch import Tensor
 from kvoffload.attention.fixed import ROOM_TOKENS, FixedSteps
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
-from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.cache import OffloadCache
 from kvoffload.models.compiled import Glue, fused
+from kvoffload.models.offload_layer import OffloadLayer
 from kvoffload.models.sampling import Sampler
 from kvoffload.repeats import Capture, Repeats, capture_of
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.geometry import Geometry
-from kvoffload.models.cache import OffloadCache, OffloadLayer
+from kvoffload.models.cache import OffloadCache
+from kvoffload.models.offload_layer import OffloadLayer
 from kvoffload.models.self_test import switch_attention
 from kvoffload.values import Partial
 

@@ -31,7 +31,7 @@ def guesses(monkeypatch):
         choose_early(layer, query, **more)
 
     choose_early = decode.choose_early
-    monkeypatch.setattr("kvoffload.models.cache.choose_early", noted)
+    monkeypatch.setattr("kvoffload.models.offload_layer.choose_early", noted)
     return made
 
 
