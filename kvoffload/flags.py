@@ -137,7 +137,8 @@ CudaGraph = Annotated[
 Compile = Annotated[
     str | None,
     flag("--compile", help="Compile the model's own small operations (norms, activations, rotary) in steps of a CUDA "
-         "graph: on, off, or auto: in serve and bench.", default="auto"),
+         "graph, and make one product of q, k and v, and of gate and up: on, off, or auto: in serve and bench.",
+         default="auto"),
 ]  # fmt: skip
 Verify = Annotated[
     bool | None,

@@ -5,7 +5,8 @@ Only steps of fixed shapes come here, and only while ``Glue.step`` is open is an
 layer is compiled as a whole with its attention, and whatever else is not a plain dense MLP, left outside: two regions,
 in front of the attention and behind it, and their matrix products stay the library's calls. What only the attention
 reads (cache, mask, positions) passes by the compiled code, so that it never depends on it. Every piece is compared with
-what it replaces when it runs first; one that fails, or is wrong, is left to the model from then on.
+what it replaces when it runs first; one that fails, or is wrong, is left to the model from then on. Inside and outside
+of compiled code, layers whose weights joined.py laid side by side are one product.
 """
 
 import inspect
@@ -24,6 +25,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from kvoffload.models.joined import Joint, Part, find_joints
 
 Forward = Callable[..., Any]
 
@@ -154,14 +157,15 @@ class _Layer(_Piece):
 
 
 class Glue:
-    """The pieces of one model. ``note`` says what is compiled, and what is not and why; ``seconds`` is the time of the
-    steps in which something was."""
+    """The pieces of one model, and its joints (see joined.py). ``note`` says what is compiled, and what is not and why;
+    ``seconds`` is the time of the steps in which something was."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = ref(model)
         self._pieces: dict[Any, _Piece] = {}  # of classes, and of functions by their module and name
         self._outside = torch.compiler.disable(_run_part)
-        self.seconds = 0.0
+        self._apart: set[type[nn.Module]] = set()  # who asks for some of a joint's outputs only
+        self.seconds, self._n_joints = 0.0, 0
 
     @property
     def note(self) -> str:
@@ -169,6 +173,7 @@ class Glue:
         tried = {_name(key): piece.refusal for key, piece in self._pieces.items() if piece.refusal or piece.is_checked}
         good = ", ".join(name for name, refusal in tried.items() if not refusal)
         told = [f"{good} in {self.seconds:.1f} s"] if good else []
+        told += [f"{self._n_joints} products of joined weights"] if self._n_joints else []
         return "; ".join(told + [f"not {name}: {refusal}" for name, refusal in tried.items() if refusal])
 
     @contextmanager
@@ -181,11 +186,13 @@ class Glue:
             if captured:
                 undo.enter_context(torch.compiler.set_stance("eager_on_recompile"))
             self._install(undo)
+            joints = self._join(undo)
             _LOCAL.active, _LOCAL.compiles = True, not captured
             try:
                 yield
             finally:
                 _LOCAL.active = _LOCAL.compiles = False
+                self._apart |= {cls for cls, joint in joints if joint.is_unfinished}
                 if _n_graphs() > before:
                     self.seconds += time.perf_counter() - started
 
@@ -209,6 +216,17 @@ class Glue:
             elif _is_norm(module) or _is_mlp(module):
                 self._replace(module, partial(self._piece(module, _Piece), module), undo)
                 covered.update(module.modules())
+
+    def _join(self, undo: ExitStack) -> list[tuple[type[nn.Module], Joint]]:
+        """Put one product in the place of several wherever weights lie side by side; the joints with whose they are."""
+        model = self._model()
+        assert model is not None, "it is running"
+        joints = [(type(m), joint) for m in model.modules() if type(m) not in self._apart for joint in find_joints(m)]
+        for _, joint in joints:
+            for place, layer in enumerate(joint.layers):
+                self._replace(layer, Part(joint, place).forward, undo)
+        self._n_joints = len(joints)
+        return joints
 
     def _is_refused(self, key: Any) -> bool:
         return key in self._pieces and bool(self._pieces[key].refusal)
@@ -242,10 +260,14 @@ class Glue:
 _GLUES: WeakKeyDictionary[nn.Module, Glue] = WeakKeyDictionary()
 
 
+def has_glue(model: Any, compile: str) -> bool:
+    """Whether anything of a model is to be compiled: only if "on", and on devices with graphs."""
+    return compile == "on" and bool(model.device.type == "cuda")
+
+
 def glue_of(model: Any, compile: str) -> Glue | None:
-    """A model's glue, one for all its caches; None where nothing is to be compiled: unless "on", and on devices without
-    graphs."""
-    if compile != "on" or model.device.type != "cuda":
+    """A model's glue, one for all its caches; None where nothing is to be compiled."""
+    if not has_glue(model, compile):
         return None
     if model not in _GLUES:
         _GLUES[model] = Glue(model)

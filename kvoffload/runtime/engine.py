@@ -13,8 +13,9 @@ from kvoffload.errors import UsageError
 from kvoffload.models.batch_graph import BatchSteps
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
-from kvoffload.models.compiled import glue_of
+from kvoffload.models.compiled import glue_of, has_glue
 from kvoffload.models.fingerprint import check_calibrations
+from kvoffload.models.joined import join
 from kvoffload.models.parallel import ALONE, Ranks, find_ranks, stage_layers
 from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
@@ -56,6 +57,7 @@ class Runtime:
         self.loaded = loaded
         if loaded is not None:
             self.config = rank_config(self.config, loaded.ranks)
+            self._join(loaded)
             self._take_over(loaded.model)
 
     @classmethod
@@ -172,6 +174,15 @@ class Runtime:
     @property
     def _ranks(self) -> Ranks:
         return self.loaded.ranks if self.loaded else ALONE
+
+    def _join(self, loaded: LoadedModel) -> None:
+        """Lay the weights of a model that steps are compiled of side by side, unless another runtime had the model
+        before: what was captured since would go on to read them where they were."""
+        model: Any = loaded.model
+        replays = self.config.replays_steps and not loaded.ranks.several
+        if replays and has_glue(model, self.config.compile) and not getattr(model, "_kvoffload_had", False):
+            join(model)
+        model._kvoffload_had = True
 
     def _take_over(self, model: Any) -> None:
         if getattr(model, "_kvoffload_checked", False) or not self.config.self_test:

@@ -17,6 +17,7 @@ from kvoffload.models import compiled
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.compiled import Glue, glue_of
 from kvoffload.models.feed import feed
+from kvoffload.models.joined import join
 from kvoffload.models.self_test import switch_attention
 from kvoffload.models.step_graph import StepGraph
 from kvoffload.models.stock import ResidentStep
@@ -74,10 +75,11 @@ def error_of(given, expected):
 
 @compiles
 def test_compiled_steps_are_the_models_own():
-    """For other caches and all layers what was compiled once; for several sequences once more."""
+    """Of joined weights; for other caches and all layers what was compiled once; for several sequences once more."""
     model, other = open_model(), open_model()
     glue, before = Glue(model), forwards(model)
     expected = steps(model, None)
+    join(model)
     counters.clear()
     assert error_of(steps(model, glue), expected) < 1e-5
     assert glue.note.startswith("LlamaDecoderLayer, apply_rotary_pos_emb, LlamaRMSNorm in ")
@@ -91,7 +93,7 @@ def test_compiled_steps_are_the_models_own():
     assert counters["stats"]["unique_graphs"] <= 3 * n_graphs
     assert forwards(model) == before
     assert error_of(steps(other, None), expected) == 0
-    assert ";" not in glue.note
+    assert glue.note.endswith(" s; 8 products of joined weights")
 
 
 @compiles

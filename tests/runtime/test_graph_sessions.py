@@ -1,15 +1,20 @@
 """Sessions whose decode steps are replays of a captured graph, with a recorder in the place of CUDA."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from kvoffload_storage.errors import CapacityError
+from tiny import SMALL, load
 from torch.testing import assert_close
 
-from kvoffload.config import SamplingConfig
+from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import KvoffloadError, OutOfRoomError
+from kvoffload.models.joined import find_joints
+from kvoffload.models.parallel import Ranks
+from kvoffload.runtime.engine import Runtime
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from recorded import record
@@ -207,3 +212,22 @@ def test_what_cannot_be_captured_is_run_as_it_is(pair):
     assert generated(replayed) == generated(plain)
     assert replayed.stats().graph_steps == 0
     assert replayed.replays.graph.refusal == "operation not permitted when stream is capturing"
+
+
+def test_weights_are_joined_where_steps_are_compiled(monkeypatch):
+    """Only by a model's first runtime: graphs captured since know their addresses."""
+    monkeypatch.setattr("kvoffload.runtime.engine.has_glue", lambda model, compile: compile == "on")
+    off, on = (RuntimeConfig(**SMALL, compile=compile) for compile in ("off", "on"))
+    eager = RuntimeConfig(**SMALL, compile="on", cuda_graph="off")
+    for configs, is_joined in (((on, on), True), ((off, on), False), ((eager,), False), ((), False)):
+        loaded = load()
+        for config in configs:
+            Runtime(loaded, config)
+        assert any(True for module in loaded.model.modules() for _ in find_joints(module)) == is_joined
+
+
+def test_weights_of_several_ranks_are_not_joined(monkeypatch):
+    monkeypatch.setattr("kvoffload.runtime.engine.has_glue", lambda model, compile: True)
+    loaded = replace(load(), ranks=Ranks(tp_size=2))
+    Runtime(loaded, RuntimeConfig(**SMALL, compile="on"))
+    assert not any(True for module in loaded.model.modules() for _ in find_joints(module))
