@@ -245,6 +245,7 @@ PEERS = {
     "dynamic": "transformers' DynamicCache",
     "offloaded": "transformers' DynamicCache(offloading=True)",
     "selection": "ours, selection alone",
+    "ahead": "ours with --look-ahead",
     "resident": "ours with --offload none",
 }
 
@@ -256,6 +257,7 @@ def peers(names: tuple[str, ...], model: Any, config: RuntimeConfig, kv: PromptK
         "dynamic": lambda: stock("dynamic", model, kv, offloading=False),
         "offloaded": lambda: stock("offloaded", model, kv, offloading=True),
         "selection": lambda: ours("selection", model, selection_only(config), kv),
+        "ahead": lambda: ours("ahead", model, _changed(config, look_ahead=True), kv),
         "resident": lambda: ours("resident", model, on_device(config), kv),
     }
     return [made[name]() for name in names]
@@ -268,7 +270,9 @@ def selection_only(config: RuntimeConfig) -> RuntimeConfig:
 
 def on_device(config: RuntimeConfig) -> RuntimeConfig:
     """The same with all KV on the device and all of it read."""
-    return _changed(config, offload="none", budget=FULL, gpu_cache=None, prefetch=0.0, fetch="wait", cpu_max=None)
+    return _changed(
+        config, offload="none", budget=FULL, gpu_cache=None, prefetch=0.0, fetch="wait", cpu_max=None, look_ahead=False
+    )
 
 
 def _changed(config: RuntimeConfig, **fields: Any) -> RuntimeConfig:
