@@ -34,37 +34,37 @@ class Asked:
 
 
 class LookAhead:
-    """The early choices of one cache, each made while the layer before computes.
+    """The early choices of one cache, each made before the last part of the layer before it.
 
-    On a GPU they are made on a stream of their own. It begins behind what the compute stream has been asked for at
-    ``beside``, and the compute stream goes on behind it at ``take``. What was asked for in a block is taken before the
-    end of the layer that follows, so it is kept until the second block after it, which begins behind that: its memory,
-    and the places that its slices landed in (``Staging``), can be used again then.
+    On a GPU the slices move on a stream of their own (``beside``), and the compute stream goes on behind them at
+    ``take``. The choice itself is no part of it: small kernels would wait for room beside large ones. What was asked
+    for is taken in the layer that follows, and is kept until something was asked for twice after it, behind which its
+    memory, and the places that its slices landed in (``Staging``), can be used again.
     """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
         self._asked: dict[LayerCache, Asked] = {}
-        self._kept: tuple[list[Tensor | Asked], list[Tensor | Asked]] = [], []
+        self._kept: list[Asked] = []
 
     @contextmanager
-    def beside(self, hidden: Tensor, *, waits: bool) -> Iterator[None]:
-        """Inside this block work is asked for beside the layer that computes from ``hidden``; before it where the host
-        ``waits`` for that work, as it does to read files."""
-        if waits or not hidden.is_cuda:
+    def beside(self, device: torch.device, *, waits: bool) -> Iterator[None]:
+        """Inside this block slices are asked for that move beside what comes next; before it where the host ``waits``
+        for them, as it does for files."""
+        if waits or device.type != "cuda":
             yield
             return
-        self._stream = self._stream or torch.cuda.Stream(hidden.device)
-        self._stream.wait_stream(torch.cuda.current_stream(hidden.device))
-        self._kept = self._kept[1], [hidden]
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._kept = self._kept[-1:]
         with torch.cuda.stream(self._stream):
             yield
 
     def keep(self, layer: "LayerCache", query: Tensor, choice: Choice | None) -> None:
         """A layer's slices were asked for, or will be."""
-        event = torch.cuda.current_stream(query.device).record_event() if query.is_cuda else None
-        self._asked[layer] = Asked(query, choice, event)
-        self._kept[1].append(self._asked[layer])
+        event = None if choice is None or self._stream is None else self._stream.record_event()
+        asked = self._asked[layer] = Asked(query, choice, event)
+        self._kept.append(asked)
 
     def take(self, layer: "LayerCache") -> Asked | None:
         """What was asked for this layer, behind which the compute stream goes on; None where nothing was."""

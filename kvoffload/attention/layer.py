@@ -223,7 +223,10 @@ class LayerCache:
         asked, self._early = None if early else self._early, None
         if asked is None or asked.choice is None:
             selection, scores = self.select(query, anchor_lse)
-            return self.ask(selection, early=early), scores
+            if not early:
+                return self.ask(selection), scores
+            with self.ahead.beside(query.device, waits=self.fetch.asks_host):
+                return self.ask(selection, early=True), scores
         arrivals, scores = asked.choice
         if self.completion.uses_scores:
             self.n_scorings, scores = 2, self.score(query).to(query.device)

@@ -62,19 +62,19 @@ class _Watch:
     def __init__(self, layer: nn.Module, following: nn.Module) -> None:
         self._attention, self._norm = _attention(following), getattr(following, "input_layernorm", nn.Identity())
         self._index: int = self._attention.layer_idx
-        self._factor: float = getattr(layer, "residual_multiplier", 1.0)
+        self._factor: float = getattr(layer, "residual_multiplier", 1)
         self._now = _Now()
         projection = getattr(_attention(layer), "o_proj", None) if _adds_attention(layer) else None
         layer.register_forward_pre_hook(self._begin, with_kwargs=True)
         if projection is None:
-            layer.register_forward_pre_hook(lambda *_: self._guess(0.0))
+            layer.register_forward_pre_hook(lambda *_: self._guess(None))
         else:
             projection.register_forward_hook(lambda _, args, output: self._guess(output))
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._now.given = (args[0] if args else kwargs["hidden_states"]), kwargs
 
-    def _guess(self, attended: Tensor | float) -> None:
+    def _guess(self, attended: Tensor | None) -> None:
         given, self._now.given = self._now.given, None
         cache = None if given is None else given[1].get("past_key_values")
         if given is None or not isinstance(cache, Cache):
@@ -83,7 +83,12 @@ class _Watch:
         if not (isinstance(own, AttendingLayer) and isinstance(following, AttendingLayer)):
             return  # other rotations, and nothing to move slices beside
         if following.looks_ahead(given[0].shape[1]):
-            following.look_ahead(given[0], lambda: self._queries(given[0] + attended * self._factor, given[1]))
+            following.look_ahead(lambda: self._queries(self._stream(given[0], attended), given[1]))
+
+    def _stream(self, hidden: Tensor, attended: Tensor | None) -> Tensor:
+        if attended is None:
+            return hidden
+        return hidden + (attended if self._factor == 1 else attended * self._factor)
 
     def _queries(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         try:

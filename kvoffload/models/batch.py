@@ -58,15 +58,21 @@ class BatchLayer(AttendingLayer):
     def looks_ahead(self, n_tokens: int) -> bool:
         return any(layer.looks_ahead(n_tokens) for _, layer in self._sound())
 
-    def look_ahead(self, hidden: Tensor, guess: Callable[[], Tensor]) -> None:
-        ahead = [(i, layer) for i, layer in self._sound() if layer.looks_ahead(hidden.shape[1])]
-        with ahead[0][1].beside(hidden):
-            query = guess()
-            for i, layer in reversed(ahead):  # the others' streams wait for what the first one's has so far
+    def look_ahead(self, guess: Callable[[], Tensor]) -> None:
+        query = guess()
+        for i, layer in self._sound():
+            with _branch(self._branches, i):
                 try:
-                    layer.look_ahead(hidden, lambda i=i: query[i : i + 1])  # type: ignore[misc]
+                    if layer.looks_ahead(query.shape[2]):
+                        layer.look_ahead(lambda i=i: query[i : i + 1])  # type: ignore[misc]
                 except self._kept_apart as error:
                     self._failed[i] = error
+        self._join(query.device)
+
+    def _join(self, device: torch.device) -> None:
+        """What comes next waits for all branches."""
+        for stream in self._branches:
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def _sound(self) -> list[tuple[int, OffloadLayer]]:
         return [(i, layer) for i, layer in enumerate(self._layers) if i not in self._failed]
@@ -87,8 +93,7 @@ class BatchLayer(AttendingLayer):
         for i, layer in enumerate(self._layers):
             with _branch(self._branches, i):
                 parts.append(attend_one(i, layer))
-        for stream in self._branches:
-            torch.cuda.current_stream(query.device).wait_stream(stream)
+        self._join(query.device)
         return Partial(torch.cat([part.output for part in parts]), torch.cat([part.lse for part in parts]))
 
     def get_seq_length(self) -> int:

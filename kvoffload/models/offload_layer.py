@@ -1,7 +1,6 @@
 """The place of one layer in the cache that a transformers model is given."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,17 +60,11 @@ class OffloadLayer(AttendingLayer):
         decodes = cache.fixed or (plain and not cache.exact and not cache.rectifies)
         return decodes and cache.config.look_ahead and self.kv is not None and self.kv.can_look_ahead
 
-    def look_ahead(self, hidden: Tensor, guess: Callable[[], Tensor]) -> None:
+    def look_ahead(self, guess: Callable[[], Tensor]) -> None:
         assert self.kv is not None, "it looks ahead"
-        with self.beside(hidden):
-            query, shape = guess(), self.kv.geometry
-            query = query_rows(query.reshape(shape.rows, -1, *query.shape[2:]))
-            choose_early(self.kv, query.float() * shape.scale)
-
-    def beside(self, hidden: Tensor) -> AbstractContextManager[None]:
-        """Inside this block work is asked for beside what is computed from ``hidden`` states."""
-        assert self.kv is not None, "it looks ahead"
-        return self.kv.ahead.beside(hidden, waits=self.kv.fetch.asks_host)
+        query, shape = guess(), self.kv.geometry
+        query = query_rows(query.reshape(shape.rows, -1, *query.shape[2:]))
+        choose_early(self.kv, query.float() * shape.scale)
 
     def _rows(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None

@@ -55,9 +55,8 @@ class AttendingLayer(CacheLayerMixin):
         """Whether a guess of the next queries is wanted in a forward of so many tokens."""
         return False
 
-    def look_ahead(self, hidden: Tensor, guess: Callable[[], Tensor]) -> None:
-        """Choose pages by a guess of the next queries [B, H, Q, D], made from ``hidden`` states beside whatever is
-        computed from them."""
+    def look_ahead(self, guess: Callable[[], Tensor]) -> None:
+        """Choose pages by a guess of the next queries [B, H, Q, D]."""
         raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
