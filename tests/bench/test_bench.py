@@ -64,9 +64,9 @@ def decoded() -> Any:
 
 
 def test_every_peer_is_measured_or_left_out_with_the_reason(decoded: Any) -> None:
-    assert list(decoded["runs"]) == ["ours", "dense", "dynamic", "selection", "resident"]
+    assert list(decoded["runs"]) == ["ours", "dense", "dynamic", "selection", "ahead", "resident"]
     assert decoded["left_out"] == {"offloaded": "DynamicCache(offloading=True) needs a CUDA device"}
-    assert set(decoded["speedup_over"]) == {"dense", "dynamic", "selection", "resident"}
+    assert set(decoded["speedup_over"]) == {"dense", "dynamic", "selection", "ahead", "resident"}
     assert all(run["step_ms"]["median"] > 0 for run in decoded["runs"].values())
 
 
