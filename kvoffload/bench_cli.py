@@ -66,8 +66,8 @@ def copy(
 @app.command()
 def io(
     ctx: typer.Context,
-    nvme_dir: bench_flags.Folder = None, mb: bench_flags.Mb = 512, seconds: bench_flags.Seconds = 2.0,
-    json: flags.Json = False,
+    nvme_dir: bench_flags.Folder = None, mb: bench_flags.Mb = 512, seconds: bench_flags.Seconds = 1.0,
+    engines: bench_flags.Engines = "threads,aio", json: flags.Json = False,
 ) -> None:  # fmt: skip
     """Time random page reads of the file store beside fio's."""
     from kvoffload.bench.command import run_io

@@ -14,7 +14,7 @@ from kvoffload.bench.clock import Clock
 from kvoffload.bench.copies import check_sizes, copy_table, measure_copies
 from kvoffload.bench.decode import DecodeBench
 from kvoffload.bench.disk import disk_table, lacks_fio, measure_reads
-from kvoffload.bench.options import bench_settings, count, decode_plan, peer_names, sizes
+from kvoffload.bench.options import bench_settings, count, decode_plan, engine_names, peer_names, sizes
 from kvoffload.bench.output import Output
 from kvoffload.bench.prefill import PrefillBench, prefill_tables, prefill_values
 from kvoffload.bench.prompt_kv import PromptKv
@@ -96,12 +96,13 @@ def run_copy(flags: Mapping[str, Any], output: Output) -> int:
 def run_io(flags: Mapping[str, Any], output: Output) -> int:
     """The file store's random reads against fio's."""
     folder, seconds = Path(disk_folder(flags["nvme_dir"])), float(flags["seconds"])
+    engines = engine_names(flags["engines"])
     if not folder.is_dir():
         raise UsageError(f"nvme_dir: {str(folder)!r} is no folder")
     disk = asdict(measure_disk(folder, seconds))
     output.tell_ceilings([(name, str(value)) for name, value in disk.items()])
-    rows = list(measure_reads(folder, int(flags["mb"]) * 10**6, seconds))
-    left_out = {"fio": lacks_fio()} if lacks_fio() else {}
+    rows = list(measure_reads(folder, int(flags["mb"]) * 10**6, seconds, [n for n, why in engines.items() if not why]))
+    left_out = {name: why for name, why in {**engines, "fio": lacks_fio()}.items() if why}
     notes = [f"left out: {name}: {why}" for name, why in left_out.items()]
     values = {"bench": "io", "ceilings": disk, "rows": [row.as_dict() for row in rows], "left_out": left_out}
     output.finish([disk_table(rows)], values, notes)

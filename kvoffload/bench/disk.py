@@ -1,48 +1,58 @@
-"""Random page reads of the file store against fio on the same file, in turn."""
+"""Random page reads of the file store against fio on the same file and offsets, in turn."""
 
 import json
 import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from kvoffload_storage import FileStore, StoreShape, Ticket, aligned_empty
+from kvoffload_storage.format import HEADER_BYTES
 
 from kvoffload.bench.output import Table
 from kvoffload.units import format_size
 
 PAGE_BYTES = (64 << 10, 256 << 10)
-_DEPTH = 8
-_ROUNDS = 3
+PEERS = ("psync", "libaio")
+_THREADS = 8
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One measurement: MB/s (10^6 bytes), and CPU time, microseconds a page."""
+
+    mb_s: float
+    cpu_us: float
 
 
 @dataclass(frozen=True)
 class DiskReads:
-    """Rounds of one page size: MB/s (10^6 bytes) of ours and of fio (empty where it is not installed), and the CPU
-    time of ours, microseconds a page."""
+    """Rounds of one page size and engine, and the same reads by fio with as many under way: by threads that wait for
+    theirs (psync) and by one that waits for all (libaio). Empty where fio is not installed."""
 
+    engine: str
     page_bytes: int
-    ours_mb_s: tuple[float, ...]
-    fio_mb_s: tuple[float, ...]
-    cpu_us_a_page: float
+    depth: int
+    ours: tuple[Rate, ...]
+    fio: dict[str, tuple[Rate, ...]]
     direct: bool
 
-    @property
-    def ratio(self) -> float | None:
-        """Our best round as a share of fio's."""
-        return max(self.ours_mb_s) / max(self.fio_mb_s) if self.fio_mb_s else None
+    def ratio(self, peer: str) -> float | None:
+        """Our median round as a share of fio's."""
+        return _median(self.ours).mb_s / _median(self.fio[peer]).mb_s if self.fio else None
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "page_bytes": self.page_bytes, "ours_mb_s": [round(x) for x in self.ours_mb_s],
-            "fio_mb_s": [round(x) for x in self.fio_mb_s], "direct": self.direct,
-            "ratio_of_best": None if self.ratio is None else round(self.ratio, 3),
-            "cpu_us_a_page": round(self.cpu_us_a_page, 1),
+            "engine": self.engine, "page_bytes": self.page_bytes, "depth": self.depth, "direct": self.direct,
+            "ours": _told(self.ours), "fio": {peer: _told(rounds) for peer, rounds in self.fio.items()},
+            "ratio_of_medians": {peer: round(self.ratio(peer) or 0.0, 3) for peer in self.fio},
         }  # fmt: skip
 
 
@@ -51,32 +61,44 @@ def lacks_fio() -> str:
     return "" if shutil.which("fio") else "fio is not installed"
 
 
-def measure_reads(folder: Path, file_bytes: int, seconds: float) -> Iterator[DiskReads]:
-    """One row a page size, each from a file of its own."""
+def measure_reads(folder: Path, file_bytes: int, seconds: float, engines: Sequence[str]) -> Iterator[DiskReads]:
+    """A row for each page size and engine, each from a file of its own."""
     for page_bytes in PAGE_BYTES:
-        store = _written(folder, page_bytes, file_bytes // page_bytes)
-        try:
-            yield _measure(store, file_bytes // page_bytes, seconds)
-        finally:
-            store.close()
+        for engine in engines:
+            store = _written(folder, engine, page_bytes, file_bytes // page_bytes)
+            try:
+                yield _measure(store, seconds)
+            finally:
+                store.close()
 
 
 def disk_table(rows: Sequence[DiskReads]) -> Table:
-    """The figures for people: the best round of each."""
+    """The figures for people: medians."""
     told = [
-        (format_size(row.page_bytes), f"{max(row.ours_mb_s):.0f}", _or_dash(max(row.fio_mb_s, default=None), "{:.0f}"),
-         _or_dash(row.ratio, "{:.2f}"), f"{row.cpu_us_a_page:.1f}")
+        (format_size(row.page_bytes), row.engine, str(row.depth), f"{_median(row.ours).mb_s:.0f}",
+         *[_or_dash(row, peer, lambda rate: f"{rate.mb_s:.0f}") for peer in PEERS],
+         *["-" if (ratio := row.ratio(peer)) is None else f"{ratio:.2f}" for peer in PEERS],
+         f"{_median(row.ours).cpu_us:.1f}", *[_or_dash(row, peer, lambda rate: f"{rate.cpu_us:.1f}") for peer in PEERS])
         for row in rows
     ]  # fmt: skip
-    return Table("random page reads", ("page", "ours MB/s", "fio MB/s", "of fio", "CPU us a page"), told)
+    heads = ("page", "engine", "depth", "MB/s", "psync", "libaio", "of psync", "of libaio", "CPU us", "psync", "libaio")
+    return Table("random page reads, and fio's; CPU time a page", heads, told)
 
 
-def _or_dash(value: float | None, shape: str) -> str:
-    return "-" if value is None else shape.format(value)
+def _or_dash(row: DiskReads, peer: str, tell: Callable[[Rate], str]) -> str:
+    return tell(_median(row.fio[peer])) if row.fio else "-"
 
 
-def _written(folder: Path, page_bytes: int, n_pages: int) -> FileStore:
-    store = FileStore(folder, StoreShape(1, 1, page_bytes), n_threads=_DEPTH)
+def _median(rounds: Sequence[Rate]) -> Rate:
+    return Rate(median(rate.mb_s for rate in rounds), median(rate.cpu_us for rate in rounds))
+
+
+def _told(rounds: Sequence[Rate]) -> dict[str, Any]:
+    return {"mb_s": [round(rate.mb_s) for rate in rounds], "cpu_us_a_page": round(_median(rounds).cpu_us, 1)}
+
+
+def _written(folder: Path, engine: str, page_bytes: int, n_pages: int) -> FileStore:
+    store = FileStore(folder, StoreShape(1, 1, page_bytes), engine=engine, n_threads=_THREADS)
     block = torch.randint(0, 256, (64, 1, page_bytes), dtype=torch.uint8)
     for first in range(0, n_pages, 64):
         store.append(0, block[: min(64, n_pages - first)])
@@ -84,20 +106,20 @@ def _written(folder: Path, page_bytes: int, n_pages: int) -> FileStore:
     return store
 
 
-def _measure(store: FileStore, n_pages: int, seconds: float) -> DiskReads:
-    ours, theirs = [], []
+def _measure(store: FileStore, seconds: float) -> DiskReads:
+    ours: list[Rate] = []
+    theirs: dict[str, list[Rate]] = {} if lacks_fio() else {peer: [] for peer in PEERS}
     for _ in range(_ROUNDS):
-        ours.append(_ours(store, n_pages, seconds))
-        if not lacks_fio():
-            theirs.append(_fio(store, seconds))
-    rates, cpu = zip(*ours, strict=True)
-    return DiskReads(store.shape.page_bytes, rates, tuple(theirs), min(cpu), store.direct)
+        ours.append(_ours(store, seconds))
+        for peer, rounds in theirs.items():
+            rounds.append(_fio(store, peer, seconds))
+    fio = {peer: tuple(rounds) for peer, rounds in theirs.items()}
+    return DiskReads(store.engine, store.shape.page_bytes, store.depth, tuple(ours), fio, store.direct)
 
 
-def _ours(store: FileStore, n_pages: int, seconds: float) -> tuple[float, float]:
-    """MB/s and CPU microseconds a page: batches of 16 pages a thread, the next one asked for before one is waited for,
-    so that the threads always have work."""
-    n_batch = 16 * _DEPTH
+def _ours(store: FileStore, seconds: float) -> Rate:
+    """Batches of 128 pages, the next one asked for before one is waited for, so that there is always work."""
+    n_batch, n_pages = 128, store.n_pages(0)
     out = aligned_empty(2 * n_batch * store.shape.page_bytes).view(2, n_batch, -1)
     slices, n_read = torch.zeros(n_batch, dtype=torch.int64), 0
 
@@ -111,20 +133,23 @@ def _ours(store: FileStore, n_pages: int, seconds: float) -> tuple[float, float]
         n_read, took = n_read + n_batch, time.perf_counter() - started
     used = _cpu_s() - used
     coming.wait()
-    return n_read * store.shape.page_bytes / took / 1e6, used / n_read * 1e6
+    return Rate(n_read * store.shape.page_bytes / took / 1e6, used / n_read * 1e6)
 
 
-def _fio(store: FileStore, seconds: float) -> float:
-    """MB/s of the same reads by fio: threads with preadv, as many as our readers."""
+def _fio(store: FileStore, peer: str, seconds: float) -> Rate:
+    """The same reads by fio, as many under way as ours."""
     page_bytes = store.shape.page_bytes
+    many = ["--thread", f"--numjobs={store.depth}"] if peer == "psync" else [f"--iodepth={store.depth}"]
     command = [
         "fio", "--name=pages", f"--filename={store.directory / 'layer-0000.kv'}", "--rw=randread", f"--bs={page_bytes}",
-        f"--direct={int(store.direct)}", "--ioengine=psync", "--thread", f"--numjobs={_DEPTH}",
-        "--group_reporting", "--time_based", f"--runtime={seconds}", "--output-format=json", "--readonly",
-        "--norandommap", f"--blockalign={page_bytes}",
+        f"--offset={HEADER_BYTES}", f"--size={store.n_pages(0) * page_bytes}", f"--direct={int(store.direct)}",
+        f"--ioengine={peer}", *many, "--group_reporting", "--time_based", f"--runtime={seconds}",
+        "--output-format=json", "--readonly", "--norandommap", f"--blockalign={page_bytes}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"]) / 1e6
+    job = json.loads(done.stdout)["jobs"][0]
+    used_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3
+    return Rate(job["read"]["bw_bytes"] / 1e6, used_s / job["read"]["total_ios"] * 1e6)
 
 
 def _cpu_s() -> float:

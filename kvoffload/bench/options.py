@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from kvoffload_storage.engines import available_engines
+
 from kvoffload.bench.decode import WARM_UP, DecodePlan
 from kvoffload.bench.runs import PEERS
 from kvoffload.config import RuntimeConfig
@@ -61,6 +63,16 @@ def peer_names(given: str, known: Sequence[str] = tuple(PEERS)) -> tuple[str, ..
         if name not in known:
             _refuse("peers", f"{name!r} is unknown; accepted: all, none, {', '.join(known)}")
     return names
+
+
+def engine_names(given: str) -> dict[str, str]:
+    """I/O engines by commas, each with why it cannot be used here ("" if it can)."""
+    reasons = available_engines()
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in reasons:
+            _refuse("engines", f"{name!r} is unknown; accepted: {', '.join(reasons)}")
+    return {name: reasons[name] for name in names}
 
 
 def count(name: str, value: str) -> int:

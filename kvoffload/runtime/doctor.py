@@ -1,4 +1,4 @@
-"""What this machine offers: versions, GPUs, pinned memory, direct I/O, io_uring and disk speed."""
+"""What this machine offers: versions, GPUs, pinned memory, direct I/O, engines and disk speed."""
 
 import platform
 import tempfile
@@ -15,7 +15,7 @@ PACKAGES = (
     "kvoffload", "torch", "transformers", "triton", "numpy", "pydantic", "safetensors", "aiofiles", "xxhash", "gguf",
     "liburing", "fastapi", "lm-eval", "matplotlib",
 )  # fmt: skip
-FEATURES = ("cuda", "pinned", "triton", "o_direct", "uring", "aiofiles")
+FEATURES = ("cuda", "pinned", "triton", "o_direct", "aio", "uring", "aiofiles")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _engines() -> dict[str, Feature]:
     from kvoffload_storage.engines import available_engines
 
     reasons = available_engines()
-    return {name: Feature(not reasons[name], reasons[name]) for name in ("uring", "aiofiles")}
+    return {name: Feature(not reasons[name], reasons[name]) for name in ("aio", "uring", "aiofiles")}
 
 
 def _look_at_disk(folder: Path, seconds: float) -> tuple[dict[str, Any], Feature]:

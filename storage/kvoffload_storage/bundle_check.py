@@ -47,7 +47,7 @@ def runs(store: Sealed, layer: int) -> Iterator[tuple[int, Tensor]]:
 
 def _read(file: PageFile, page: int, block: Tensor) -> None:
     try:
-        n_read = read_fully(file.fd, [block.numpy().reshape(-1).data], file.layout.page_offset(page))
+        n_read = read_fully(file.fd, [block.numpy().reshape(-1).data], file.layout.page_offset(page), block.numel())
     except OSError as error:
         raise storage_error(error, file.path, 0) from error
     if n_read != block.numel():

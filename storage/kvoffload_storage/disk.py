@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from .aligned import BLOCK_BYTES, aligned_empty
-from .engines import ReadJob, build_engine
+from .engines import ReadBatch, build_engine
 from .errors import UnavailableError
 from .format import PageLayout
 from .locks import PAGES, temporary_folder
 from .page_file import PageFile, storage_error, write_all
+from .plan import lone_reads
 
 WRITE_BYTES = 1 << 20
 READ_BYTES = 64 << 10
@@ -131,16 +132,14 @@ def _read(file: PageFile, n_bytes: int, size: int, seconds: float) -> float:
     """Seconds a random read of ``size`` bytes takes, in batches of eight per thread."""
     engine = build_engine("threads", n_threads=READ_DEPTH)
     n_batch = 8 * READ_DEPTH
-    memory = aligned_empty(n_batch * size).numpy().reshape(n_batch, size)
+    memory, places = aligned_empty(n_batch * size).numpy(), np.arange(n_batch) * size
     random = np.random.default_rng(1)
     n_reads, start = 0, time.perf_counter()
     try:
         while not n_reads or time.perf_counter() - start < seconds:
             offsets = random.integers(0, n_bytes // size, n_batch) * size
-            jobs = [
-                ReadJob(offset, size, (row,), (0,), True) for offset, row in zip(offsets.tolist(), memory, strict=True)
-            ]
-            engine.read(file, jobs).result()
+            batch = ReadBatch(lone_reads(offsets, size), memory, places, size, in_place=True)
+            engine.read(file, batch).result()
             n_reads += n_batch
         return (time.perf_counter() - start) / n_reads
     finally:

@@ -14,7 +14,7 @@ from .directory import StoreDirectory
 from .disk import free_bytes, probe_direct
 from .engines import build_engine
 from .errors import CapacityError, StorageError, UnavailableError
-from .file_reads import FileTicket, PartRead, VerifyingTicket, all_slices, check_slices, jobs_of
+from .file_reads import FileTicket, PartRead, VerifyingTicket, all_slices, batch_of, check_slices
 from .format import Header, PageLayout, layout_of
 from .page_file import PageFile
 from .plan import Int64Array, plan_read
@@ -109,6 +109,16 @@ class FileStore(Store):
     def directory(self) -> Path:
         """The store's own folder."""
         return self._folder.path
+
+    @property
+    def engine(self) -> str:
+        """Which engine reads."""
+        return self._engine.name
+
+    @property
+    def depth(self) -> int:
+        """How many reads are under way at once, at most."""
+        return self._engine.depth
 
     @property
     def note(self) -> str:
@@ -232,7 +242,7 @@ class FileStore(Store):
             here, left = left[inside], left[~inside]
             if len(here):
                 plan = plan_read(page_ids[here] - first, slice_ids[here], layout)
-                pending = self._engine.read(file, jobs_of(plan, where[here], out, direct=file.direct))
+                pending = self._engine.read(file, batch_of(plan, where[here], out, direct=file.direct))
                 parts.append(PartRead(pending, plan, where[here]))
         return FileTicket(parts, out, Moved(cpu=n_copied))
 

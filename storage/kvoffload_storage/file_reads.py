@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from .aligned import BLOCK_BYTES, is_aligned
-from .engines import PendingRead, ReadJob
+from .engines import PendingRead, ReadBatch
 from .errors import IntegrityError
 from .format import Checksums, checksum
 from .plan import Int64Array, ReadPlan
@@ -39,9 +39,9 @@ class FileTicket(Ticket):
             part.pending.done(None)
         for part in self._parts:
             part.pending.result()
-            if part.plan.repeats:
+            if len(part.plan.repeats):
                 rows = self._out.numpy()
-                rows[part.rows[list(part.plan.repeats)]] = rows[part.rows[list(part.plan.repeat_of)]]
+                rows[part.rows[part.plan.repeats]] = rows[part.rows[part.plan.repeat_of]]
         return self._moved
 
 
@@ -73,16 +73,11 @@ def check_slices(
             )  # fmt: skip
 
 
-def jobs_of(plan: ReadPlan, disk_rows: Int64Array, out: Tensor, *, direct: bool) -> list[ReadJob]:
+def batch_of(plan: ReadPlan, disk_rows: Int64Array, out: Tensor, *, direct: bool) -> ReadBatch:
     """The plan's ranges with the rows of ``out`` that they fill."""
-    rows = out.numpy()
-    where = disk_rows.tolist()
-    whole_blocks = out.shape[1] % BLOCK_BYTES == 0
-    in_place = whole_blocks and (is_aligned(out) or not direct)
-    return [
-        ReadJob(r.offset, r.n_bytes, tuple([rows[where[row]] for row in r.rows]), r.starts, in_place)
-        for r in plan.ranges
-    ]
+    size = out.shape[1]
+    in_place = size % BLOCK_BYTES == 0 and (is_aligned(out) or not direct)
+    return ReadBatch(plan, out.view(-1).numpy(), disk_rows[plan.rows] * size, size, in_place)
 
 
 def all_slices(first: int, n_pages: int, n_slices: int) -> tuple[Int64Array, Int64Array]:

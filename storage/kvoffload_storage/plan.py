@@ -1,6 +1,5 @@
 """Which bytes to ask of the disk for a list of slices: a pure function from keys to merged, block-aligned ranges."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,29 +13,32 @@ Int64Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class ByteRange:
-    """One read: ``n_bytes`` from ``offset``, both whole blocks; row ``rows[i]`` is the slice at ``starts[i]`` in it."""
-
-    offset: int
-    n_bytes: int
-    rows: tuple[int, ...]
-    starts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class ReadPlan:
-    """Ranges that bring every distinct slice once, and which rows then repeat another row.
+    """Ranges in file order that bring every distinct slice once, and which rows then repeat another row; all int64.
 
-    ``repeats[i]`` is a copy of ``repeat_of[i]``; rows in a range are never repeats.
+    Range i is ``sizes[i]`` bytes from ``offsets[i]``, both whole blocks. It has the slices ``firsts[i]`` to
+    ``firsts[i + 1]`` (exclusive): slice j is for row ``rows[j]`` and begins ``starts[j]`` bytes into its range.
+    ``repeats[k]`` is a copy of ``repeat_of[k]``; rows in a range are never repeats.
     """
 
-    ranges: tuple[ByteRange, ...]
-    repeats: tuple[int, ...]
-    repeat_of: tuple[int, ...]
+    offsets: Int64Array  # [R]
+    sizes: Int64Array  # [R]
+    firsts: Int64Array  # [R + 1]
+    rows: Int64Array  # [U]
+    starts: Int64Array  # [U]
+    repeats: Int64Array
+    repeat_of: Int64Array
 
     @property
     def n_bytes(self) -> int:
-        return sum(byte_range.n_bytes for byte_range in self.ranges)
+        return int(self.sizes.sum())
+
+
+def lone_reads(offsets: Int64Array, size: int) -> ReadPlan:
+    """A range of ``size`` bytes for each offset, whole blocks both, in the order given, range i for row i."""
+    n, none = len(offsets), np.empty(0, np.int64)
+    rows = np.arange(n)
+    return ReadPlan(offsets, np.full(n, size), np.arange(n + 1), rows, np.zeros(n, np.int64), none, none)
 
 
 def plan_read(
@@ -47,25 +49,31 @@ def plan_read(
     Slices whose blocks touch or overlap share a range until it would exceed ``max_range_bytes`` (one slice may be
     longer); a block that no slice needs is never read.
     """
-    keys, rows, inverse = np.unique(page_ids * layout.n_slices + slice_ids, return_index=True, return_inverse=True)
+    keys = page_ids * layout.n_slices + slice_ids
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    is_new = np.ones(len(keys), bool)
+    is_new[1:] = keys[1:] != keys[:-1]
+    rows, keys = order[is_new], keys[is_new]
     offsets = HEADER_BYTES + keys // layout.n_slices * layout.page_stride + keys % layout.n_slices * layout.slice_bytes
-    ranges = tuple(_ranges(offsets, rows, layout.slice_bytes, max_range_bytes))
-    source = rows[inverse]
-    repeats = np.flatnonzero(source != np.arange(len(source)))
-    return ReadPlan(ranges, tuple(repeats.tolist()), tuple(source[repeats].tolist()))
+    lows = offsets // BLOCK_BYTES * BLOCK_BYTES
+    highs = -(-(offsets + layout.slice_bytes) // BLOCK_BYTES) * BLOCK_BYTES
+    firsts = np.append(_first_slices(lows, highs, max_range_bytes), len(keys))
+    low = lows[firsts[:-1]]
+    starts = offsets - np.repeat(low, np.diff(firsts))
+    repeat_of = rows[np.cumsum(is_new) - 1][~is_new]
+    return ReadPlan(low, highs[firsts[1:] - 1] - low, firsts, rows, starts, order[~is_new], repeat_of)
 
 
-def _ranges(offsets: Int64Array, rows: Int64Array, slice_bytes: int, max_range_bytes: int) -> Iterator[ByteRange]:
-    """Cut sorted slice offsets, int64 [n], into ranges."""
-    # Plain integers: this loop runs once per slice of every decode step, and numpy scalars cost ten times as much.
-    starts, row_ids = offsets.tolist(), rows.tolist()
-    lows = (offsets // BLOCK_BYTES * BLOCK_BYTES).tolist()
-    highs = (-(-(offsets + slice_bytes) // BLOCK_BYTES) * BLOCK_BYTES).tolist()
-    first = 0
-    for i in range(1, len(starts) + 1):
-        if i < len(starts) and lows[i] <= highs[i - 1] and highs[i] - lows[first] <= max_range_bytes:
-            continue
-        low = lows[first]
-        inside = tuple([start - low for start in starts[first:i]])
-        yield ByteRange(low, highs[i - 1] - low, tuple(row_ids[first:i]), inside)
-        first = i
+def _first_slices(lows: Int64Array, highs: Int64Array, most: int) -> Int64Array:
+    """Which slices, in file order, begin a range, int64 [R]; ``lows`` and ``highs`` are their blocks, int64 [U]."""
+    begins = np.ones(len(lows), bool)
+    begins[1:] = lows[1:] > highs[:-1]
+    firsts = np.flatnonzero(begins)
+    ends = np.append(firsts, len(lows))[1:]
+    long = highs[ends - 1] - lows[firsts] > most
+    for first, end in zip(firsts[long].tolist(), ends[long].tolist(), strict=True):
+        while first < end:
+            begins[first] = True
+            first += max(int(np.searchsorted(highs[first:end], lows[first] + most, side="right")), 1)
+    return np.flatnonzero(begins)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvoffload import cli
-from kvoffload.bench import copies, disk
+from kvoffload.bench import copies, disk, options
 from kvoffload.bench.ceilings import Ceilings, StepBytes, read_weight_bytes
 from kvoffload.bench.clock import Clock, Timing
 from kvoffload.bench.decode import DecodeBench, DecodePlan
@@ -306,10 +306,15 @@ def test_page_reads_are_timed_and_fio_is_left_out_where_it_is_not(
     kvoffload: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk.shutil, "which", lambda name: None)
-    told = report(kvoffload("bench", "io", "--nvme-dir", str(tmp_path), "--mb", "64", "--seconds", "0.1", "--json"))
-    assert told["left_out"] == {"fio": "fio is not installed"}
-    assert [row["page_bytes"] for row in told["rows"]] == [64 << 10, 256 << 10]
-    assert all(min(row["ours_mb_s"]) > 0 and row["fio_mb_s"] == [] for row in told["rows"])
+    monkeypatch.setattr(disk, "_ROUNDS", 1)
+    flags = ["--mb", "64", "--seconds", "0.1", "--engines", "threads,uring", "--json"]
+    monkeypatch.setattr(options, "available_engines", lambda: {"threads": "", "uring": "seccomp"})
+    told = report(kvoffload("bench", "io", "--nvme-dir", str(tmp_path), *flags))
+    assert told["left_out"] == {"uring": "seccomp", "fio": "fio is not installed"}
+    assert [(row["engine"], row["page_bytes"], row["depth"]) for row in told["rows"]] == [
+        ("threads", 64 << 10, 8), ("threads", 256 << 10, 8)
+    ]  # fmt: skip
+    assert all(min(row["ours"]["mb_s"]) > 0 and row["fio"] == {} for row in told["rows"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -329,6 +334,7 @@ def test_page_reads_are_timed_and_fio_is_left_out_where_it_is_not(
         ("copy --device cpu --chunks 100", "chunks: 100 bytes are no whole words"),
         ("copy --device cpu --launches 1T", "launches: 1,099,511,627,776 bytes are more than the source"),
         ("copy --device cpu --launches 64 --chunks 128", "launches: 64 bytes are less than every chunk"),
+        ("io --engines tape", "engines: 'tape' is unknown; accepted: threads, aio, aiofiles, uring"),
         ("io --nvme-dir /nowhere", "nvme_dir: '/nowhere' is no folder"),
     ],
 )

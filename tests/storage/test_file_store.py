@@ -110,8 +110,8 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_engine_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="'gds', expected one of threads, aiofiles, uring"):
-        FileStore(tmp_path, SHAPE, engine="gds")
+    with pytest.raises(UnavailableError, match="'tape', expected one of threads, aio, aiofiles, uring"):
+        FileStore(tmp_path, SHAPE, engine="tape")
 
 
 def test_an_engine_that_cannot_be_used_says_why(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Engines beyond the store contract: scratch and vector limits, and uring's order of calls on a stand-in ring."""
 
+import ctypes
 import errno
 import os
 import subprocess
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 from kvoffload_storage import IntegrityError, StorageError, UnavailableError
 from kvoffload_storage.aligned import aligned_empty
-from kvoffload_storage.engines import ReadJob, build_engine, uring
-from kvoffload_storage.engines.base import IOV_MAX
+from kvoffload_storage.engines import ReadBatch, aio, build_engine, uring
 from kvoffload_storage.format import PageLayout
 from kvoffload_storage.page_file import PageFile
+from kvoffload_storage.plan import lone_reads
 
 BLOCK = 4096
 
@@ -104,8 +105,10 @@ def file(tmp_path: Path) -> Iterator[PageFile]:
     opened.close()
 
 
-def block_jobs(out: np.ndarray, blocks: list[int], *, in_place: bool) -> list[ReadJob]:
-    return [ReadJob(b * BLOCK, BLOCK, (out[i],), (0,), in_place) for i, b in enumerate(blocks)]
+def batch(out: np.ndarray, blocks: list[int], *, in_place: bool) -> ReadBatch:
+    """Block ``blocks[i]`` into row i of uint8 [n, BLOCK]."""
+    plan = lone_reads(np.array(blocks, np.int64) * BLOCK, BLOCK)
+    return ReadBatch(plan, out.reshape(-1), np.arange(len(blocks)) * BLOCK, BLOCK, in_place)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -113,8 +116,8 @@ def test_a_ring_reads_more_jobs_than_it_has_entries(ring: StandInRing, file: Pag
     engine = build_engine("uring", n_threads=1)
     out = np.zeros((100, BLOCK), np.uint8)
     blocks = list(range(99, -1, -1))
-    engine.read(file, block_jobs(out, blocks, in_place=in_place)).result()
-    engine.read(file, []).result()
+    engine.read(file, batch(out, blocks, in_place=in_place)).result()
+    engine.read(file, batch(out, [], in_place=True)).result()
     engine.close()
     engine.close()
     assert out[:, 0].tolist() == out[:, -1].tolist() == blocks
@@ -125,11 +128,11 @@ def test_a_ring_reads_more_jobs_than_it_has_entries(ring: StandInRing, file: Pag
 def test_a_ring_that_fails_ends_its_batch_and_reads_the_next(ring: StandInRing, file: PageFile) -> None:
     engine = build_engine("uring", n_threads=1)
     out = np.zeros((100, BLOCK), np.uint8)
-    jobs = block_jobs(out, list(range(100)), in_place=True)
+    jobs = batch(out, list(range(100)), in_place=True)
     with pytest.raises(IntegrityError, match="0 bytes at 4096000, expected 4096"):
-        engine.read(file, [*jobs, ReadJob(1000 * BLOCK, BLOCK, (out[0],), (0,), True)]).result()
+        engine.read(file, batch(out, [*range(99), 1000], in_place=True)).result()
     with pytest.raises(StorageError, match="blocks: Invalid argument"):
-        engine.read(file, [ReadJob(-BLOCK, BLOCK, (out[0],), (0,), True)]).result()
+        engine.read(file, batch(out[:1], [-1], in_place=True)).result()
     engine.read(file, jobs).result()
     assert out[:, 7].tolist() == list(range(100))
     engine.close()
@@ -166,24 +169,15 @@ def test_an_engine_that_is_blocked_raises(monkeypatch: pytest.MonkeyPatch) -> No
         build_engine("uring", n_threads=1)
 
 
-def test_more_pieces_than_one_vector_takes_go_through_scratch(file: PageFile) -> None:
-    engine = build_engine("threads", n_threads=2)
-    out = np.zeros((2 * IOV_MAX, 16), np.uint8)
-    starts = tuple(range(0, len(out) * 16, 16))
-    engine.read(file, [ReadJob(0, len(out) * 16, tuple(out), starts, True)]).result()
-    assert out[:, 0].tolist() == [start // BLOCK for start in starts]
-    engine.close()
-
-
 def test_a_file_that_cannot_be_opened_again_fails_the_read_not_the_engine(file: PageFile) -> None:
     engine = build_engine("aiofiles", n_threads=2)
     out = aligned_empty(BLOCK).numpy()
     aside = file.path.with_name("aside")
     file.path.rename(aside)
     with pytest.raises(StorageError, match="blocks: No such file"):
-        engine.read(file, block_jobs(out[None], [3], in_place=True)).result()
+        engine.read(file, batch(out[None], [3], in_place=True)).result()
     aside.rename(file.path)
-    engine.read(file, block_jobs(out[None], [3], in_place=True)).result()
+    engine.read(file, batch(out[None], [3], in_place=True)).result()
     assert out[0] == 3
     engine.close()
     engine.close()
@@ -192,8 +186,112 @@ def test_a_file_that_cannot_be_opened_again_fails_the_read_not_the_engine(file: 
 def test_batches_of_one_file_share_its_lanes(file: PageFile) -> None:
     engine = build_engine("aiofiles", n_threads=3)
     outs = [np.zeros((100, BLOCK), np.uint8) for _ in range(4)]
-    pending = [engine.read(file, block_jobs(out, list(range(100)), in_place=True)) for out in outs]
+    pending = [engine.read(file, batch(out, list(range(100)), in_place=True)) for out in outs]
     for read, out in zip(pending, outs, strict=True):
         read.result()
         assert out[:, 9].tolist() == list(range(100))
     engine.close()
+
+
+class StandInKernel:
+    """Reads at the submit; completions come last first. ``refuse`` submits fail first, ``most_read`` makes reads
+    short."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, int, int, int]] = []
+        self.most_in_flight, self.most_read, self.refuse, self.closed = 0, 1 << 30, [], 0
+
+    def submit(self, pointers: int, n: int) -> int:
+        if self.refuse:
+            raise self.refuse.pop()
+        n = min(n, 5)  # the kernel may take fewer
+        for pointer in (ctypes.c_uint64 * n).from_address(pointers):
+            request = np.frombuffer((ctypes.c_char * 64).from_address(pointer), aio._REQUEST)[0]
+            vectors = (ctypes.c_uint64 * (2 * int(request["n_buffers"]))).from_address(int(request["buffers"]))
+            buffers = [(ctypes.c_char * size).from_address(at) for at, size in zip(vectors[::2], vectors[1::2])]  # noqa: B905
+            try:
+                n_read = min(os.preadv(int(request["fd"]), buffers, int(request["offset"])), self.most_read)
+            except OSError as error:
+                n_read = -(error.errno or 0)
+            self.done.append((int(request["number"]), pointer, n_read, 0))
+        self.most_in_flight = max(self.most_in_flight, len(self.done))
+        return n
+
+    def wait(self, least: int, events: np.ndarray) -> int:
+        assert 0 < least <= len(self.done)
+        taken = [self.done.pop() for _ in range(least)]
+        events[:least] = taken
+        return least
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> StandInKernel:
+    stand_in = StandInKernel()
+    monkeypatch.setattr(aio, "why_no_aio", lambda: "")
+    monkeypatch.setattr(aio, "_Kernel", lambda depth: stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_aio_keeps_its_queue_full_over_batches(kernel: StandInKernel, file: PageFile, in_place: bool) -> None:
+    engine = build_engine("aio", n_threads=1)
+    outs = [np.zeros((100, BLOCK), np.uint8) for _ in range(3)]
+    blocks = list(range(99, -1, -1))
+    pending = [engine.read(file, batch(out, blocks, in_place=in_place)) for out in outs]
+    engine.read(file, batch(outs[0], [], in_place=in_place)).result()
+    for read, out in zip(pending, outs, strict=True):
+        read.result()
+        assert out[:, 0].tolist() == out[:, -1].tolist() == blocks
+    engine.close()
+    engine.close()
+    assert (kernel.most_in_flight, kernel.done, kernel.closed) == (aio.DEPTH, [], 1)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_aio_reads_again_what_came_short(kernel: StandInKernel, file: PageFile, in_place: bool) -> None:
+    engine = build_engine("aio", n_threads=1)
+    out = np.zeros((100, BLOCK), np.uint8)
+    kernel.most_read = 512
+    engine.read(file, batch(out, list(range(100)), in_place=in_place)).result()
+    assert out[:, -1].tolist() == list(range(100))
+    engine.close()
+
+
+def test_aio_that_fails_ends_its_batch_and_reads_the_next(kernel: StandInKernel, file: PageFile) -> None:
+    engine = build_engine("aio", n_threads=1)
+    out = np.zeros((100, BLOCK), np.uint8)
+    with pytest.raises(IntegrityError, match="0 bytes at 4096000, expected 4096"):
+        engine.read(file, batch(out, [*range(99), 1000], in_place=True)).result()
+    with pytest.raises(StorageError, match="blocks: Invalid argument"):
+        engine.read(file, batch(out, [*range(99), -1], in_place=True)).result()
+    kernel.refuse = [BlockingIOError(errno.EAGAIN, "Try again")]
+    with pytest.raises(StorageError, match="blocks: Try again"):
+        engine.read(file, batch(out, list(range(100)), in_place=True)).result()
+    kernel.refuse = [OSError(errno.EINVAL, "Invalid argument")]
+    with pytest.raises(StorageError, match="blocks: Invalid argument"):
+        engine.read(file, batch(out, list(range(100)), in_place=True)).result()
+    engine.read(file, batch(out, list(range(100)), in_place=True)).result()
+    assert out[:, 7].tolist() == list(range(100))
+    engine.close()
+    assert kernel.done == []
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        ("pass", ""),
+        ("import sys; sys.exit('Function not implemented')", "Function not implemented"),
+        ("import os; os.kill(os.getpid(), 31)", "io_setup ended the probe with -31"),
+    ],
+)
+def test_a_probe_says_why_aio_cannot_be_used(probe: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aio, "_PROBE", probe)
+    assert aio.why_no_aio.__wrapped__() == reason
+
+
+def test_aio_is_for_machines_whose_calls_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aio.platform, "machine", lambda: "pdp11")
+    assert aio.why_no_aio.__wrapped__() == "no system call numbers for linux on pdp11"

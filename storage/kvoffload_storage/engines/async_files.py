@@ -5,7 +5,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import aiofiles
 from aiofiles.threadpool.binary import AsyncFileIO
 
 from ..page_file import PageFile
-from .base import Engine, PendingRead, ReadJob, Scratch
+from .base import Engine, PendingRead, ReadBatch, ReadJob, Scratch
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Lane:
 
 
 class AsyncFilesEngine(Engine):
-    """aiofiles handles, at most ``n_lanes`` per file, opened at the first read of the file.
+    """aiofiles handles, at most ``depth`` per file, opened at the first read of the file.
 
     Safety: everything below ``read`` runs on the loop's thread only. A lane is taken from its file's queue for one
     share of a batch and put back afterwards, so no two reads share a position or scratch memory. The executor serves
@@ -36,7 +36,7 @@ class AsyncFilesEngine(Engine):
     name = "aiofiles"
 
     def __init__(self, n_threads: int) -> None:
-        self._n_lanes = n_threads
+        self.depth = n_threads
         self._executor = ThreadPoolExecutor(n_threads, thread_name_prefix="kvoffload-aiofiles")
         self._loop = asyncio.new_event_loop()
         self._opening = asyncio.Lock()
@@ -46,10 +46,11 @@ class AsyncFilesEngine(Engine):
         thread.start()
         self._stopper = weakref.finalize(self, _stop, self._loop, thread)
 
-    def read(self, file: PageFile, jobs: Sequence[ReadJob]) -> PendingRead:
-        if not jobs:
+    def read(self, file: PageFile, batch: ReadBatch) -> PendingRead:
+        if not len(batch):
             return PendingRead(file, [])
-        return PendingRead(file, [asyncio.run_coroutine_threadsafe(self._batch(file, deque(jobs)), self._loop)])
+        share = self._batch(file, deque(batch.jobs()))
+        return PendingRead(file, [asyncio.run_coroutine_threadsafe(share, self._loop)])
 
     def close(self) -> None:
         if not self._stopper.alive:
@@ -60,7 +61,7 @@ class AsyncFilesEngine(Engine):
 
     async def _batch(self, file: PageFile, waiting: deque[ReadJob]) -> None:
         idle = await self._lanes_of(file)
-        shares = [self._drain(file, waiting, idle) for _ in range(min(self._n_lanes, len(waiting)))]
+        shares = [self._drain(file, waiting, idle) for _ in range(min(self.depth, len(waiting)))]
         outcomes = await asyncio.gather(*shares, return_exceptions=True)
         for error in filter(None, outcomes):
             raise error
@@ -68,7 +69,7 @@ class AsyncFilesEngine(Engine):
     async def _lanes_of(self, file: PageFile) -> asyncio.Queue[Lane]:
         async with self._opening:
             if file.path not in self._idle:
-                lanes = [await self._open_lane(file) for _ in range(self._n_lanes)]
+                lanes = [await self._open_lane(file) for _ in range(self.depth)]
                 idle: asyncio.Queue[Lane] = asyncio.Queue()
                 for lane in lanes:
                     idle.put_nowait(lane)

@@ -1,4 +1,4 @@
-"""The contract of a read engine, and the jobs that it is given."""
+"""The contract of a read engine, and the batches that it is given."""
 
 import os
 from abc import ABC, abstractmethod
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from ..aligned import aligned_empty, round_down, round_up
 from ..errors import IntegrityError
 from ..page_file import PageFile, storage_error
+from ..plan import Int64Array, ReadPlan
 
 Bytes = NDArray[np.uint8]
-IOV_MAX = 1024
 
 
 class Scratch:
@@ -31,41 +32,62 @@ class Scratch:
         return self._memory[:n_bytes]
 
 
-@dataclass(frozen=True)
-class ReadJob:
+class ReadJob(NamedTuple):
     """Read ``n_bytes`` from ``offset``; the bytes from ``starts[i]`` on belong in ``targets[i]``.
 
-    ``in_place`` says that the targets, in order, are exactly the range and aligned as the file needs it, so that the
-    disk may write into them. Otherwise the range goes through the worker's scratch memory.
+    Without ``starts`` the disk may write into the targets, which are the range. Otherwise the range goes through the
+    worker's scratch memory. A tuple, as every slice of every step may be one.
     """
 
     offset: int
     n_bytes: int
-    targets: tuple[Bytes, ...]
-    starts: tuple[int, ...]
-    in_place: bool
+    targets: Sequence[memoryview]
+    starts: Sequence[int] | None
 
-    def buffers(self, scratch: Scratch) -> list[memoryview]:
-        """Where the disk shall put the range, at most IOV_MAX pieces."""
-        if self.in_place and len(self.targets) <= IOV_MAX:
-            return [target.data for target in self.targets]
-        return [scratch.view(self.n_bytes).data]
+    def buffers(self, scratch: Scratch) -> Sequence[memoryview]:
+        """Where the disk shall put the range."""
+        return self.targets if self.starts is None else [scratch.view(self.n_bytes).data]
 
-    def finish(self, buffers: list[memoryview], n_read: int, file: PageFile) -> None:
+    def finish(self, buffers: Sequence[memoryview], n_read: int, file: PageFile) -> None:
         """Check that all bytes came and copy them from scratch memory; ``buffers`` as ``buffers()`` gave them."""
         if n_read != self.n_bytes:
             raise IntegrityError(f"{file.path}: {n_read} bytes at {self.offset}, expected {self.n_bytes}")
-        if self.in_place and len(self.targets) <= IOV_MAX:
+        if self.starts is None:
             return
-        scratch = np.frombuffer(buffers[0], np.uint8)
         for target, start in zip(self.targets, self.starts, strict=True):
-            target[:] = scratch[start : start + len(target)]
+            target[:] = buffers[0][start : start + len(target)]
 
 
-def read_fully(fd: int, buffers: list[memoryview], offset: int) -> int:
-    """``preadv`` until the buffers are full or the file ends; bytes read. A short read goes on at the last whole block,
-    as direct I/O needs it."""
-    n_wanted = sum(len(buffer) for buffer in buffers)
+@dataclass(frozen=True, eq=False)
+class ReadBatch:
+    """Ranges of one file and where they go: slice j of the plan, ``slice_bytes`` long, to ``memory[places[j]:]``.
+    Memory is uint8 [n], places int64 [U]. ``in_place`` says that the disk may write there: every range is its slices
+    and nothing else, at most 1024 of them, and aligned as the file needs it."""
+
+    plan: ReadPlan
+    memory: Bytes
+    places: Int64Array
+    slice_bytes: int
+    in_place: bool
+
+    def __len__(self) -> int:
+        return len(self.plan.offsets)
+
+    def jobs(self) -> list[ReadJob]:
+        """The ranges one by one."""
+        plan, view, size = self.plan, self.memory.data, self.slice_bytes
+        targets = [view[place : place + size] for place in self.places.tolist()]
+        firsts, starts = plan.firsts.tolist(), plan.starts.tolist()
+        ranges = zip(plan.offsets.tolist(), plan.sizes.tolist(), firsts[:-1], firsts[1:], strict=True)
+        return [
+            ReadJob(offset, n_bytes, targets[first:end], None if self.in_place else starts[first:end])
+            for offset, n_bytes, first, end in ranges
+        ]
+
+
+def read_fully(fd: int, buffers: Sequence[memoryview], offset: int, n_wanted: int) -> int:
+    """``preadv`` until the buffers, ``n_wanted`` bytes, are full or the file ends; bytes read. A short read goes on at
+    the last whole block, as direct I/O needs it."""
     n_read = os.preadv(fd, buffers, offset)
     while 0 < n_read < n_wanted:
         done = round_down(n_read)
@@ -76,7 +98,7 @@ def read_fully(fd: int, buffers: list[memoryview], offset: int) -> int:
     return n_read
 
 
-def _behind(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
+def _behind(buffers: Sequence[memoryview], n_bytes: int) -> list[memoryview]:
     """The buffers without their first ``n_bytes``."""
     rest = []
     for buffer in buffers:
@@ -87,18 +109,18 @@ def _behind(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
 
 
 class PendingRead:
-    """A batch under way; one or a few futures for all its jobs."""
+    """A batch under way; one or a few futures for all of it."""
 
     def __init__(self, file: PageFile, futures: Sequence[Future[None]]) -> None:
         self._file = file
         self._futures = futures
 
     def done(self, timeout_s: float | None) -> bool:
-        """Whether all jobs are over, waiting for it at most that long (None: as long as it takes)."""
+        """Whether all of it is over, waiting for it at most that long (None: as long as it takes)."""
         return not wait_futures(self._futures, timeout_s).not_done
 
     def result(self) -> None:
-        """Return when no worker touches the targets any more; then raise what the first failed job failed with."""
+        """Return when nobody writes into the memory any more; then raise what the first failed read failed with."""
         wait_futures(self._futures)
         for future in self._futures:
             error = future.exception()
@@ -109,13 +131,16 @@ class PendingRead:
 
 
 class Engine(ABC):
-    """Reads jobs of open files. One thread calls it; its own threads never touch anything but a job's targets."""
+    """Reads ranges of open files. One thread calls it; its own threads never touch anything but a batch's slices."""
 
     name: str
+    depth: int
+    """How many reads are under way at once, at most."""
 
     @abstractmethod
-    def read(self, file: PageFile, jobs: Sequence[ReadJob]) -> PendingRead:
-        """Start reading all jobs, in any order; jobs may be empty. The targets must stay alive until ``result()``."""
+    def read(self, file: PageFile, batch: ReadBatch) -> PendingRead:
+        """Start reading all ranges, in any order; the batch may be empty. Its memory must stay alive until
+        ``result()``."""
 
     @abstractmethod
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ..errors import UnavailableError
+from .aio import AioEngine, why_no_aio
 from .async_files import AsyncFilesEngine
 from .base import Engine
 from .threads import ThreadsEngine
@@ -10,6 +11,7 @@ from .uring import UringEngine, why_no_uring
 
 _ENGINES: dict[str, Callable[[int], Engine]] = {
     "threads": ThreadsEngine,
+    "aio": AioEngine,
     "aiofiles": AsyncFilesEngine,
     "uring": UringEngine,
 }
@@ -17,7 +19,7 @@ _ENGINES: dict[str, Callable[[int], Engine]] = {
 
 def available_engines() -> dict[str, str]:
     """Name of every engine, with "" if it can be used here and else why not. May start a child process, once."""
-    return {"threads": "", "aiofiles": "", "uring": why_no_uring()}
+    return {"threads": "", "aio": why_no_aio(), "aiofiles": "", "uring": why_no_uring()}
 
 
 def build_engine(name: str, *, n_threads: int) -> Engine:

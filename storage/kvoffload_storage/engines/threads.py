@@ -2,11 +2,10 @@
 
 import threading
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..page_file import PageFile
-from .base import Engine, PendingRead, ReadJob, Scratch, read_fully
+from .base import Engine, PendingRead, ReadBatch, ReadJob, Scratch, read_fully
 
 
 class ThreadsEngine(Engine):
@@ -19,13 +18,13 @@ class ThreadsEngine(Engine):
     name = "threads"
 
     def __init__(self, n_threads: int) -> None:
-        self._n_threads = n_threads
+        self.depth = n_threads
         self._executor = ThreadPoolExecutor(n_threads, thread_name_prefix="kvoffload-read")
         self._local = threading.local()
 
-    def read(self, file: PageFile, jobs: Sequence[ReadJob]) -> PendingRead:
-        waiting = deque(jobs)
-        n_shares = min(self._n_threads, len(jobs))
+    def read(self, file: PageFile, batch: ReadBatch) -> PendingRead:
+        waiting = deque(batch.jobs())
+        n_shares = min(self.depth, len(batch))
         return PendingRead(file, [self._executor.submit(self._drain, file, waiting) for _ in range(n_shares)])
 
     def close(self) -> None:
@@ -39,7 +38,7 @@ class ThreadsEngine(Engine):
             except IndexError:
                 return
             buffers = job.buffers(scratch)
-            job.finish(buffers, read_fully(file.fd, buffers, job.offset), file)
+            job.finish(buffers, read_fully(file.fd, buffers, job.offset, job.n_bytes), file)
 
     def _scratch(self) -> Scratch:
         if not hasattr(self._local, "scratch"):

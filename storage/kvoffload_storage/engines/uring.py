@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import IntegrityError, UnavailableError
 from ..page_file import PageFile
-from .base import Engine, PendingRead, ReadJob, Scratch
+from .base import Engine, PendingRead, ReadBatch, ReadJob, Scratch
 
 RING_ENTRIES = 32
 
@@ -52,6 +52,7 @@ class UringEngine(Engine):
     """
 
     name = "uring"
+    depth = RING_ENTRIES
 
     def __init__(self, n_threads: int) -> None:
         reason = why_no_uring()
@@ -60,8 +61,8 @@ class UringEngine(Engine):
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvoffload-uring")
         self._reader = _RingReader()
 
-    def read(self, file: PageFile, jobs: Sequence[ReadJob]) -> PendingRead:
-        return PendingRead(file, [self._executor.submit(self._reader.run, file, list(jobs))] if jobs else [])
+    def read(self, file: PageFile, batch: ReadBatch) -> PendingRead:
+        return PendingRead(file, [self._executor.submit(self._reader.run, file, batch.jobs())] if len(batch) else [])
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)
@@ -85,7 +86,7 @@ class _RingReader:
     def run(self, file: PageFile, jobs: list[ReadJob]) -> None:
         """Read all jobs; after a failure start no more, wait for those in flight, then raise it."""
         idle = list(range(RING_ENTRIES))
-        flying: dict[int, tuple[ReadJob, list[memoryview], object]] = {}
+        flying: dict[int, tuple[ReadJob, Sequence[memoryview], object]] = {}
         failure: Exception | None = None
         while flying or (jobs and failure is None):
             while jobs and idle and failure is None:
@@ -103,10 +104,10 @@ class _RingReader:
     def close(self) -> None:
         self._closer()
 
-    def _prepare(self, slot: int, file: PageFile, job: ReadJob) -> tuple[ReadJob, list[memoryview], object]:
+    def _prepare(self, slot: int, file: PageFile, job: ReadJob) -> tuple[ReadJob, Sequence[memoryview], object]:
         """Queue one read; what is returned must live until its completion."""
         buffers = job.buffers(self._scratch[slot])
-        iovec = self._liburing.Iovec(buffers)
+        iovec = self._liburing.Iovec(list(buffers))
         sqe = self._liburing.io_uring_get_sqe(self._ring)
         self._liburing.io_uring_prep_readv(sqe, file.fd, iovec, job.offset)
         sqe.user_data = slot
@@ -135,7 +136,7 @@ def _result(completion: Any) -> int | OSError:
         return error
 
 
-def _finish(job: ReadJob, buffers: list[memoryview], n_read: int | OSError, file: PageFile) -> Exception | None:
+def _finish(job: ReadJob, buffers: Sequence[memoryview], n_read: int | OSError, file: PageFile) -> Exception | None:
     if isinstance(n_read, OSError):
         return n_read
     try:
