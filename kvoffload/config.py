@@ -30,6 +30,7 @@ from kvoffload.policies import PolicyConfig
 from kvoffload.selection import SelectorConfig
 from kvoffload.units import Budget, parse_size
 
+AUTO_PAGE = 0  # a page size that is not settled yet
 _MIN_TEMPERATURE = 0.01  # logits divided by less leave the range of fp32
 
 
@@ -98,6 +99,12 @@ def _word_for_none(word: str) -> tuple[BeforeValidator, PlainSerializer]:
     )
 
 
+def _page_size(value: Any) -> Any:
+    if value in (0, "0"):
+        raise ValueError(f"{value} is not a power of two from 1 to 256, or auto")
+    return AUTO_PAGE if value == "auto" else value
+
+
 def _texts(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -106,6 +113,9 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 OptionalSize = Annotated[Size | None, *_word_for_none("off")]
 OptionalCount = Annotated[Annotated[int, Field(ge=1)] | None, *_word_for_none("auto")]
 OptionalSteps = Annotated[Annotated[int, Field(ge=16)] | None, *_word_for_none("off")]
+PageSize = Annotated[
+    int, Field(le=256), BeforeValidator(_page_size), PlainSerializer(lambda n: n or "auto", when_used="json")
+]
 BudgetField = Annotated[Budget, BeforeValidator(Budget.parse), PlainSerializer(str)]
 SelectorField = Annotated[SelectorConfig, BeforeValidator(_variant)]
 CompletionsField = Annotated[
@@ -152,7 +162,7 @@ class RuntimeConfig(BaseModel):
     layer_budgets: Path | None = None
     sinks: int = Field(default=16, ge=0)
     recent: int = Field(default=64, ge=1)
-    page_size: int = Field(default=16, ge=1, le=256)
+    page_size: PageSize = 16
     prefill_chunk: OptionalCount = None
     index: Literal["device", "cpu"] = "device"
     gpu_cache: OptionalSize = None
@@ -182,7 +192,7 @@ class RuntimeConfig(BaseModel):
             if config.kind in kinds[:i]:
                 raise ValueError(f"policy: {config.kind!r} is given twice")
             config.check(recent=self.recent, kinds=kinds[:i] + kinds[i + 1 :])
-        if self.page_size & (self.page_size - 1):
+        if self.page_size < 0 or self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: {self.page_size} is not a power of two from 1 to 256")
         if len(self.completion) > 1 and not self.gate:
             names = "+".join(config.kind for config in self.completion)

@@ -107,7 +107,7 @@ LayerBudgets = Annotated[
 ]
 Sinks = Annotated[int | None, flag("--sinks", help="First tokens kept on the device.", default="16")]
 Recent = Annotated[int | None, flag("--recent", help="Newest tokens kept on the device.", default="64")]
-PageSize = Annotated[int | None, flag("--page-size", help="Tokens a page, 1 to 256.", default="16")]
+PageSize = Annotated[str | None, flag("--page-size", help="Tokens a page, 1 to 256; auto: by the disk.", default="16")]
 Index = Annotated[str | None, flag("--index", help="Where the index lives: device or cpu.", default="device")]
 GpuCache = Annotated[str | None, flag("--gpu-cache", help="Size of the device's page cache, or off.", default="off")]
 PrefillChunk = Annotated[str | None, flag("--prefill-chunk", help="Tokens a prefill chunk, or auto.", default="auto")]

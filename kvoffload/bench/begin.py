@@ -24,6 +24,7 @@ from kvoffload.models.catalog import (
 from kvoffload.models.fingerprint import check_calibrations
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.limits import Limits, find_limits
+from kvoffload.runtime.page_size import settle_page_size
 from kvoffload.runtime.plan import make_plan
 from kvoffload.settings import Settings
 from kvoffload.units import parse_size
@@ -45,10 +46,11 @@ class Bench:
 
 def begin(settings: Settings, flags: Mapping[str, Any], output: Output, *, context: int, batch: int) -> Bench:
     """Check that everything fits, measure the machine and tell its ceilings, then load the model."""
-    device, config = pick_device(settings.device), settings.runtime().for_long()
+    device = pick_device(settings.device)
     source = resolve(settings.model or "", revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     model_config = load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
+    config = settle_page_size(settings.runtime().for_long(), model_config, dtype)
     check_calibrations(settings.calibrations, source)
     for doubt in config.doubts:
         output.view.warn(doubt)

@@ -5,7 +5,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -75,18 +75,14 @@ def measure_reads(folder: Path, file_bytes: int, seconds: float, engines: Sequen
 def disk_table(rows: Sequence[DiskReads]) -> Table:
     """The figures for people: medians."""
     told = [
-        (format_size(row.page_bytes), row.engine, str(row.depth), f"{_median(row.ours).mb_s:.0f}",
-         *[_or_dash(row, peer, lambda rate: f"{rate.mb_s:.0f}") for peer in PEERS],
+        (format_size(row.page_bytes).replace(" ", ""), f"{row.engine} x{row.depth}", f"{_median(row.ours).mb_s:.0f}",
          *["-" if (ratio := row.ratio(peer)) is None else f"{ratio:.2f}" for peer in PEERS],
-         f"{_median(row.ours).cpu_us:.1f}", *[_or_dash(row, peer, lambda rate: f"{rate.cpu_us:.1f}") for peer in PEERS])
+         f"{_median(row.ours).cpu_us:.1f}",
+         *[f"{_median(row.fio[peer]).cpu_us:.1f}" if row.fio else "-" for peer in PEERS])
         for row in rows
     ]  # fmt: skip
-    heads = ("page", "engine", "depth", "MB/s", "psync", "libaio", "of psync", "of libaio", "CPU us", "psync", "libaio")
+    heads = ("page", "engine", "MB/s", "of psync", "of libaio", "CPU us", "psync us", "libaio us")
     return Table("random page reads, and fio's; CPU time a page", heads, told)
-
-
-def _or_dash(row: DiskReads, peer: str, tell: Callable[[Rate], str]) -> str:
-    return tell(_median(row.fio[peer])) if row.fio else "-"
 
 
 def _median(rounds: Sequence[Rate]) -> Rate:
@@ -120,7 +116,7 @@ def _measure(store: FileStore, seconds: float) -> DiskReads:
 def _ours(store: FileStore, seconds: float) -> Rate:
     """Batches of 128 pages, the next one asked for before one is waited for, so that there is always work."""
     n_batch, n_pages = 128, store.n_pages(0)
-    out = aligned_empty(2 * n_batch * store.shape.page_bytes).view(2, n_batch, -1)
+    out = aligned_empty(2 * n_batch * store.shape.page_bytes).zero_().view(2, n_batch, -1)
     slices, n_read = torch.zeros(n_batch, dtype=torch.int64), 0
 
     def ask(i: int) -> Ticket:

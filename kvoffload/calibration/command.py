@@ -35,6 +35,7 @@ from kvoffload.models.catalog import (
 from kvoffload.models.fingerprint import weights_hash
 from kvoffload.models.progress import LoadProgress
 from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.page_size import settle_page_size
 from kvoffload.runtime.terminal import ProgressView, write_table
 from kvoffload.settings import Settings
 
@@ -58,6 +59,7 @@ def run_calibrate(
     source = resolve(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     device, model_config = pick_device(settings.device), load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
+    settings = settle_page_size(settings, model_config, dtype)
     check = options.check_by_layer if by_layer else options.check
     check(settings.runtime(), int(model_config.get_text_config(decoder=True).max_position_embeddings))
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):

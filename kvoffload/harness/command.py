@@ -16,7 +16,7 @@ from rich.console import Console
 from kvoffload.errors import UsageError
 from kvoffload.evaluation.methods import split_list
 from kvoffload.models.catalog import ModelSource, load_config, load_model, load_tokenizer, localize, pick_dtype
-from kvoffload.runtime.command import check_machine
+from kvoffload.runtime.command import check_machine, settled
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.terminal import ProgressView, write_json
 from kvoffload.settings import Settings, load_settings_of
@@ -49,6 +49,7 @@ def run_eval(given: Mapping[str, Any], config: Path | None, out: TextIO, console
     settings = load_settings_of(EvalSettings, given, config)
     if not settings.tasks:
         raise UsageError("tasks: name some with --tasks, as in ruler,longbench")
+    settings = settled(settings)
     if find_spec("lm_eval") is None:
         raise UsageError("eval needs lm-eval: pip install 'kvoffload[eval]'")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default of every task

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kvoffload.errors import CancelledError, UsageError
 from kvoffload.models.catalog import LoadedModel, load_config, load_model, load_tokenizer, pick_dtype
-from kvoffload.runtime.command import check_context, check_machine, max_context
+from kvoffload.runtime.command import check_context, check_machine, max_context, settled
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.prompt import follow_up_ids, prompt_ids
 from kvoffload.runtime.session import Session
@@ -30,6 +30,7 @@ def run_chat(settings: Settings, lines: TextIO, out: TextIO, console: Console) -
     for name in ("prompt", "prompt_file"):
         if getattr(settings, name) is not None:
             raise UsageError(f"{name}: chat takes it line by line")
+    settings = settled(settings)
     with view.showing():
         loaded = _load(settings, view)
     with open_session(Runtime(loaded, settings.runtime()), settings, expected_tokens=0) as session:

@@ -13,6 +13,7 @@ import torch
 from kvoffload_storage.engines import available_engines
 from rich.console import Console
 
+from kvoffload.config import AUTO_PAGE
 from kvoffload.errors import UsageError
 from kvoffload.models.catalog import (
     ACCEPTED,
@@ -31,13 +32,14 @@ from kvoffload.models.parallel import ALONE, Ranks, find_ranks
 from kvoffload.runtime.doctor import inspect
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.limits import find_limits
+from kvoffload.runtime.page_size import known_read_unit, page_size_hint, settle_page_size
 from kvoffload.runtime.plan import Plan, make_plan
 from kvoffload.runtime.prompt import prompt_ids, prompt_text
 from kvoffload.runtime.ranks import all_stats, rank_config, refuse_files
 from kvoffload.runtime.session import Session
 from kvoffload.runtime.session_choice import FoundSession, find_session, has_session, open_session
 from kvoffload.runtime.terminal import ProgressView, plan_title, statistics_line, write_json, write_table
-from kvoffload.settings import Settings, to_toml
+from kvoffload.settings import S, Settings, to_toml
 from kvoffload.units import parse_count
 
 
@@ -58,7 +60,7 @@ class Job:
 def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
     """Generate: text streams to ``out``, or one JSON object is its only line; progress goes to the console. Of several
     ranks only the first is heard."""
-    ranks = find_ranks(settings.pp_size)
+    settings, ranks = settled(settings), find_ranks(settings.pp_size)
     if ranks.rank:
         out, console = StringIO(), Console(file=StringIO())
     view = ProgressView(console, quiet=settings.quiet)
@@ -83,22 +85,21 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
     if settings.output == "json":
         config = settings.runtime().model_dump(mode="json") | {"budget": str(settings.effective_budget)}
         config |= settings.sampling().model_dump(mode="json")
-        write_json(out, {"text": text, **stats.as_dict(), "model": job.source.name, "config": config})
+        told = {"model": job.source.name, "config": config, "read_unit": known_read_unit(settings)}
+        write_json(out, {"text": text, **stats.as_dict(), **told})
     return 0
 
 
 def run_plan(settings: Settings, context: str | None, batch: int, out: TextIO) -> int:
     """Print what a context needs; raises OutOfRoomError after that if it does not fit."""
+    settings = settled(settings)
     source = _source(settings)
     model_config = load_config(source)
     try:
         n_tokens = parse_count(context) if context else max_context(model_config)
     except ValueError as error:
         raise UsageError(f"context: {error}") from None
-    device = torch.device(
-        "cuda" if settings.device == "auto" and torch.cuda.is_available() else _plain(settings.device)
-    )
-    plan = _plan(settings, source, model_config, device, n_tokens, batch, ALONE)
+    plan = _plan(settings, source, model_config, _device(settings), n_tokens, batch, ALONE)
     if settings.output == "json":
         write_json(out, {"model": source.name, **plan.as_dict()})
     else:
@@ -128,6 +129,14 @@ def show_config(settings: Settings, out: TextIO) -> int:
     return 0
 
 
+def settled(settings: S) -> S:
+    """The same with a number for the page size."""
+    if settings.page_size != AUTO_PAGE:
+        return settings
+    model_config = load_config(_source(settings))
+    return settle_page_size(settings, model_config, pick_dtype(settings.dtype, model_config, _device(settings)))
+
+
 def check_machine(settings: Settings, view: ProgressView, ranks: Ranks = ALONE) -> tuple[ModelSource, torch.device]:
     """The model and the device, after everything that can be checked without weights and prompt; what is only doubtful
     is a warning."""
@@ -141,6 +150,8 @@ def check_machine(settings: Settings, view: ProgressView, ranks: Ranks = ALONE) 
     check_calibrations(settings.calibrations, source)
     for doubt in settings.doubts:
         view.warn(doubt)
+    if hint := page_size_hint(settings, model_config, pick_dtype(settings.dtype, model_config, device)):
+        view.say(hint)
     return source, device
 
 
@@ -222,5 +233,8 @@ def _stream(session: Session, settings: Settings, out: TextIO) -> str:
     return text
 
 
-def _plain(device: str) -> str:
-    return "cpu" if device == "auto" else device
+def _device(settings: Settings) -> torch.device:
+    """Where it would run, whether it is there or not."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -64,7 +64,7 @@ def inspect(required: Iterable[str] = (), nvme_dir: Path | None = None, *, secon
     if unknown := sorted(set(required) - set(FEATURES)):
         raise UsageError(f"--require: {unknown[0]!r} is unknown; accepted: {', '.join(FEATURES)}")
     folder = nvme_dir or Path(tempfile.gettempdir())
-    disk, direct = _look_at_disk(folder, seconds)
+    disk, direct = _look_at_disk(folder, seconds, keeps=nvme_dir is not None)
     return Report(
         versions={"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         gpus=_gpus(),
@@ -121,12 +121,14 @@ def _engines() -> dict[str, Feature]:
     return {name: Feature(not reasons[name], reasons[name]) for name in ("aio", "uring", "aiofiles")}
 
 
-def _look_at_disk(folder: Path, seconds: float) -> tuple[dict[str, Any], Feature]:
-    from kvoffload_storage.disk import measure_disk
+def _look_at_disk(folder: Path, seconds: float, *, keeps: bool) -> tuple[dict[str, Any], Feature]:
+    from kvoffload_storage.disk import keep_read_unit, measure_disk
     from kvoffload_storage.errors import StorageError
 
     try:
         speed = measure_disk(folder, seconds)
+        if keeps:
+            keep_read_unit(folder, speed.read_unit)
     except StorageError as error:
         return {"folder": str(folder), "problem": str(error)}, Feature(False, str(error))
     found = {

@@ -21,6 +21,7 @@ from kvoffload.models.progress import OnProgress, ignore
 from kvoffload.models.self_test import check_parity, shares_forwards, switch_attention
 from kvoffload.repeats import capture_of
 from kvoffload.runtime.events import StreamEvent
+from kvoffload.runtime.page_size import settle_page_size
 from kvoffload.runtime.ranks import rank_config, refuse_files, with_rank_budget
 from kvoffload.runtime.saving import (
     SavedAs,
@@ -56,7 +57,8 @@ class Runtime:
         self.config = config or RuntimeConfig()
         self.loaded = loaded
         if loaded is not None:
-            self.config = rank_config(self.config, loaded.ranks)
+            settled = settle_page_size(self.config, loaded.config, loaded.model.dtype)
+            self.config = rank_config(settled, loaded.ranks)
             self._join(loaded)
             self._take_over(loaded.model)
 
@@ -164,6 +166,7 @@ class Runtime:
         cache serves one batch of sequences; close it afterwards. num_beams > 1 is refused.
         """
         owned = stage_layers(hf_model)
+        self.config = settle_page_size(self.config, hf_model.config, hf_model.dtype)
         cache = OffloadCache(hf_model.config, self.config, expected_tokens=expected_tokens, owned=owned)
         if cache.anew.is_wanted or cache.freezing is not None:
             kinds = "+".join(config.kind for config in self.config.policy)

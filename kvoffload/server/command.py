@@ -16,7 +16,7 @@ from rich.console import Console
 from kvoffload.config import Size
 from kvoffload.errors import UsageError
 from kvoffload.models.catalog import LoadedModel, load_config, load_model, load_tokenizer, pick_dtype
-from kvoffload.runtime.command import check_machine
+from kvoffload.runtime.command import check_machine, settled
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.limits import find_limits
 from kvoffload.runtime.terminal import ProgressView
@@ -50,7 +50,7 @@ def run_serve(given: Mapping[str, Any], config: Path | None, console: Console) -
     """Serve until a signal comes; open requests get --grace seconds then."""
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise UsageError(f"serve needs {', '.join(missing)}: pip install 'kvoffload[serve]'")
-    settings = load_settings_of(ServeSettings, given, config)
+    settings = settled(load_settings_of(ServeSettings, given, config))
     _check_alone(settings)
     view = ProgressView(console, quiet=settings.quiet)
     source, device = check_machine(settings, view)

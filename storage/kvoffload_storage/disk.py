@@ -11,17 +11,20 @@ import numpy as np
 
 from .aligned import BLOCK_BYTES, aligned_empty
 from .engines import ReadBatch, build_engine
-from .errors import UnavailableError
+from .errors import IntegrityError, StorageError, UnavailableError
 from .format import PageLayout
 from .locks import PAGES, temporary_folder
 from .page_file import PageFile, storage_error, write_all
 from .plan import lone_reads
+from .private_files import read_private, write_private
 
 WRITE_BYTES = 1 << 20
 READ_BYTES = 64 << 10
 READ_DEPTH = 8
 MAX_FILE_BYTES = 256 << 20
 MAX_UNIT_BYTES = 1 << 20
+UNIT_FILE = "read-unit"
+_UNITS = tuple(1 << i for i in range(12, 21))  # BLOCK_BYTES to MAX_UNIT_BYTES
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,31 @@ def measure_disk(directory: Path, seconds: float = 0.5) -> DiskSpeed:
     return DiskSpeed(n_bytes / write_s / 1e6, READ_BYTES / read_s / 1e6, 1 / read_s, unit, direct, note)
 
 
+def kept_read_unit(directory: Path) -> int | None:
+    """What ``keep_read_unit`` kept in that folder; None where there is nothing usable."""
+    try:
+        found = read_private(directory / UNIT_FILE, 16).decode("ascii", "replace").strip()
+    except (FileNotFoundError, IntegrityError):
+        return None
+    return int(found) if found in map(str, _UNITS) else None
+
+
+def keep_read_unit(directory: Path, unit: int) -> int:
+    """Keep the unit of a directory's disk beside what lies in it; the one kept, which another process may have
+    written first."""
+    try:
+        write_private(directory / UNIT_FILE, f"{unit}\n".encode())
+    except StorageError:  # it is there already, or cannot be
+        return kept_read_unit(directory) or unit
+    return unit
+
+
 def read_unit(small_s: float, large_s: float) -> int:
     """``DiskSpeed.read_unit`` from the seconds that a read of 4 KiB and one of 64 KiB take: a part for being a read and
     a part for each byte. From 4 KiB to 1 MiB."""
     byte_s = max(large_s - small_s, 0.0) / (READ_BYTES - BLOCK_BYTES)
     own_s = max(small_s - BLOCK_BYTES * byte_s, 0.0)
-    unit = BLOCK_BYTES
-    while unit < MAX_UNIT_BYTES and unit * byte_s < own_s:
-        unit *= 2
-    return unit
+    return next((unit for unit in _UNITS if unit * byte_s >= own_s), MAX_UNIT_BYTES)
 
 
 def _try_direct(path: Path) -> tuple[bool, str]:

@@ -78,7 +78,7 @@ def test_every_variant_can_be_named_and_an_unknown_name_lists_them_all(slot: str
         ({"cpu_max": "-1G"}, "cpu_max: '-1G' is not a size"),
         ({"gpu_cache": "on"}, "gpu_cache: 'on' is not a size"),
         ({"page_size": 24}, "page_size: 24 is not a power of two from 1 to 256"),
-        ({"page_size": 0}, "page_size: 0"),
+        ({"page_size": 0}, "page_size: 0 is not a power of two"),
         ({"sinks": -1}, "sinks: -1"),
         ({"recent": 0}, "recent: 0"),
         ({"prefill_chunk": "0"}, "prefill_chunk: '0'"),

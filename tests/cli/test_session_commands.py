@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from kvoffload_storage.bundle import read_manifest, replace_manifest
+from kvoffload_storage.disk import keep_read_unit
 
 from kvoffload import cli
 from kvoffload.runtime import command
@@ -54,6 +55,14 @@ def damage(path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[4096] ^= 1
     file.write_bytes(data)
+
+
+def test_auto_takes_the_page_size_of_the_session(run: Any, session: Path, tmp_path: Path) -> None:
+    keep_read_unit(tmp_path, 1 << 20)
+    auto = [*TINY[:5], "--page-size", "auto", *TINY[7:], "--nvme-dir", tmp_path, "--max-new-tokens", 1]
+    told = run(*auto, "--session", session).json
+    assert (told["config"]["page_size"], told["read_unit"]) == (4, 1 << 20)
+    assert run(*auto, "--session", tmp_path / "new.kvo", "-p", LONG).json["config"]["page_size"] == 64
 
 
 def test_a_session_is_made_then_gone_on_with(run: Any, session: Path) -> None:

@@ -1,0 +1,77 @@
+"""``--page-size auto``: pages as large as the disk likes to be asked for."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from kvoffload_storage.bundle import read_manifest
+from kvoffload_storage.disk import keep_read_unit, kept_read_unit, measure_disk
+from kvoffload_storage.errors import StorageError
+
+from kvoffload.config import AUTO_PAGE, RuntimeConfig
+from kvoffload.runtime.plan import KVFootprint
+from kvoffload.runtime.session_file import describe
+from kvoffload.units import format_size
+
+C = TypeVar("C", bound=RuntimeConfig)
+PAGE_SIZES = (16, 32, 64)
+
+
+def page_size_for(read_unit: int, token_bytes: int) -> int:
+    """The smallest page whose slice, K and V of its tokens, is at least the disk's unit; 64 tokens where none is."""
+    return next((size for size in PAGE_SIZES if size * token_bytes >= read_unit), PAGE_SIZES[-1])
+
+
+def settle_page_size(config: C, model_config: Any, dtype: torch.dtype) -> C:
+    """The same with a number for "auto": what the session that is gone on with has; else, on files, what suits the
+    disk; else 16. A disk is measured once for each ``nvme_dir``, so that runs over the same files agree."""
+    if config.page_size != AUTO_PAGE:
+        return config
+    size = _of_session(config)
+    if size is None:
+        size = PAGE_SIZES[0]
+        if config.offload == "nvme":
+            size = page_size_for(read_unit(config.nvme_dir), KVFootprint.of(model_config, dtype).token_bytes)
+    return config.model_copy(update={"page_size": size})
+
+
+def read_unit(nvme_dir: Path | None) -> int:
+    """Of that folder's disk, measured for a second if it is not kept there yet. Nothing is kept in the system's folder
+    for temporary files."""
+    if nvme_dir is None:
+        return measure_disk(Path(tempfile.gettempdir())).read_unit
+    nvme_dir.mkdir(parents=True, exist_ok=True)  # page files would make it too
+    unit = kept_read_unit(nvme_dir)
+    if unit is None:
+        unit = keep_read_unit(nvme_dir, measure_disk(nvme_dir).read_unit)
+    return unit
+
+
+def known_read_unit(config: RuntimeConfig) -> int | None:
+    """The unit of the disk that pages go to, where it was measured."""
+    return None if config.offload != "nvme" or config.nvme_dir is None else kept_read_unit(config.nvme_dir)
+
+
+def page_size_hint(config: RuntimeConfig, model_config: Any, dtype: torch.dtype) -> str:
+    """What a user should be told where the disk is known to like larger pages; empty when there is nothing."""
+    unit = known_read_unit(config)
+    if unit is None or _of_session(config) is not None:
+        return ""
+    size = page_size_for(unit, KVFootprint.of(model_config, dtype).token_bytes)
+    if size <= config.page_size:
+        return ""
+    return (
+        f"this disk is best read in pieces of {format_size(unit)}: --page-size {size} reads faster than "
+        f"{config.page_size}"
+    )
+
+
+def _of_session(config: RuntimeConfig) -> int | None:
+    path: Path | None = getattr(config, "session", None)  # settings of a command have one
+    if path is None or not path.exists():
+        return None
+    try:
+        return describe(read_manifest(path).session, path).fingerprint.page_size
+    except StorageError:  # told, and raised, by who opens it
+        return None
