@@ -237,7 +237,7 @@ def evaluate(
 @app.command()
 def env(
     require: Annotated[
-        str, flag("--require", help="Features that must be: cuda, pinned, triton, o_direct, aio, uring, aiofiles.")
+        str, flag("--require", help="Features that must be: cuda, pinned, triton, o_direct, aio, uring, aiofiles, gds.")
     ] = "",
     nvme_dir: flags.NvmeDir = None,
     json: flags.Json = False,

@@ -170,7 +170,7 @@ class RuntimeConfig(BaseModel):
     look_ahead: bool = False
     fetch: Literal["wait", "deadline"] = "wait"
     fetch_ms: float = Field(default=1.0, ge=0.0, le=1000.0)
-    io_engine: Literal["threads", "aio", "aiofiles", "uring"] = "threads"
+    io_engine: Literal["threads", "aio", "aiofiles", "uring", "gds"] = "threads"
     direct: Literal["auto", "on", "off"] = "auto"
     verify: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

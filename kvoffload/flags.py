@@ -111,7 +111,7 @@ PageSize = Annotated[str | None, flag("--page-size", help="Tokens a page, 1 to 2
 Index = Annotated[str | None, flag("--index", help="Where the index lives: device or cpu.", default="device")]
 GpuCache = Annotated[str | None, flag("--gpu-cache", help="Size of the device's page cache, or off.", default="off")]
 PrefillChunk = Annotated[str | None, flag("--prefill-chunk", help="Tokens a prefill chunk, or auto.", default="auto")]
-IoEngine = Annotated[str | None, flag("--io-engine", help="threads, aio, aiofiles or uring.", default="threads")]
+IoEngine = Annotated[str | None, flag("--io-engine", help="threads, aio, aiofiles, uring or gds.", default="threads")]
 Direct = Annotated[str | None, flag("--direct", help="Direct I/O: auto, on or off.", default="auto")]
 
 LookAhead = Annotated[

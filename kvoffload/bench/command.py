@@ -96,7 +96,7 @@ def run_copy(flags: Mapping[str, Any], output: Output) -> int:
 def run_io(flags: Mapping[str, Any], output: Output) -> int:
     """The file store's random reads against fio's."""
     folder, seconds = Path(disk_folder(flags["nvme_dir"])), float(flags["seconds"])
-    engines = engine_names(flags["engines"])
+    engines = engine_names(flags["engines"], folder)
     if not folder.is_dir():
         raise UsageError(f"nvme_dir: {str(folder)!r} is no folder")
     disk = asdict(measure_disk(folder, seconds))

@@ -116,7 +116,8 @@ def _measure(store: FileStore, seconds: float) -> DiskReads:
 def _ours(store: FileStore, seconds: float) -> Rate:
     """Batches of 128 pages, the next one asked for before one is waited for, so that there is always work."""
     n_batch, n_pages = 128, store.n_pages(0)
-    out = aligned_empty(2 * n_batch * store.shape.page_bytes).zero_().view(2, n_batch, -1)
+    memory = aligned_empty(2 * n_batch * store.shape.page_bytes).zero_()
+    out = (memory.cuda() if store.reads_to_device else memory).view(2, n_batch, -1)
     slices, n_read = torch.zeros(n_batch, dtype=torch.int64), 0
 
     def ask(i: int) -> Ticket:

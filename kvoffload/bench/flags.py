@@ -40,6 +40,6 @@ Launches = Annotated[str, typer.Option("--launches", help="Bytes moved at once."
 Chunks = Annotated[str, typer.Option("--chunks", help="Bytes of a chunk.")]
 Source = Annotated[str | None, flag("--source", help="Host memory that chunks lie in.", default="1GiB, 64MiB on a CPU")]
 Mb = Annotated[int, typer.Option("--mb", min=64, help="Size of the file, 10^6 bytes.")]
-Engines = Annotated[str, typer.Option("--engines", help="threads, aio, aiofiles and uring, by commas.")]
+Engines = Annotated[str, typer.Option("--engines", help="threads, aio, aiofiles, uring and gds, by commas.")]
 Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="Length of each measurement.")]
 Folder = Annotated[Path | None, flag("--nvme-dir", help="Folder of the file.", default="a temporary folder")]

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from kvoffload_storage.engines import available_engines
+from kvoffload_storage.engines import why_not
 
 from kvoffload.bench.decode import WARM_UP, DecodePlan
 from kvoffload.bench.runs import PEERS
@@ -65,14 +65,14 @@ def peer_names(given: str, known: Sequence[str] = tuple(PEERS)) -> tuple[str, ..
     return names
 
 
-def engine_names(given: str) -> dict[str, str]:
-    """I/O engines by commas, each with why it cannot be used here ("" if it can)."""
-    reasons = available_engines()
+def engine_names(given: str, folder: Path) -> dict[str, str]:
+    """I/O engines by commas, each with why it cannot be used in that folder ("" if it can)."""
+    known = get_args(RuntimeConfig.model_fields["io_engine"].annotation)
     names = [name.strip() for name in given.split(",")]
     for name in names:
-        if name not in reasons:
-            _refuse("engines", f"{name!r} is unknown; accepted: {', '.join(reasons)}")
-    return {name: reasons[name] for name in names}
+        if name not in known:
+            _refuse("engines", f"{name!r} is unknown; accepted: {', '.join(known)}")
+    return {name: why_not(name, folder) for name in names}
 
 
 def count(name: str, value: str) -> int:

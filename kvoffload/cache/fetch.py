@@ -304,7 +304,8 @@ class SubmittedFetch(Fetch):
         """One read for each selection, so that each moves what it would alone."""
         n_slices, size = sum(map(len, selections)), self.geometry.slice_bytes
         if n_slices * size > self._staging.numel():
-            self._staging = self._buffer(n_slices * size)
+            on_device = self.store.reads_to_device and self.device.type == "cuda"
+            self._staging = self.slots.data.new_empty(n_slices * size) if on_device else self._buffer(n_slices * size)
         self.step_bytes = max(self.step_bytes, n_slices * size)
         parts = self._staging[: n_slices * size].view(n_slices, size).split([len(s) for s in selections])
         return [self._read(s, part, places) for s, part in zip(selections, parts, strict=True)]

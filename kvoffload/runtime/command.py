@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from kvoffload_storage.engines import available_engines
+from kvoffload_storage.engines import why_not
 from rich.console import Console
 
 from kvoffload.config import AUTO_PAGE
@@ -142,7 +142,7 @@ def check_machine(settings: Settings, view: ProgressView, ranks: Ranks = ALONE) 
     is a warning."""
     source = _source(settings)
     device = ranks.device(settings.device) if ranks.several else pick_device(settings.device)
-    if settings.offload == "nvme" and (reason := available_engines()[settings.io_engine]):
+    if settings.offload == "nvme" and (reason := why_not(settings.io_engine, settings.nvme_dir)):
         raise UsageError(f"io_engine: {settings.io_engine!r} cannot be used here: {reason}")
     model_config = load_config(source)
     ranks.check_model(model_config)

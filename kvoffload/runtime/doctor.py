@@ -15,7 +15,8 @@ PACKAGES = (
     "kvoffload", "torch", "transformers", "triton", "numpy", "pydantic", "safetensors", "aiofiles", "xxhash", "gguf",
     "liburing", "fastapi", "lm-eval", "matplotlib",
 )  # fmt: skip
-FEATURES = ("cuda", "pinned", "triton", "o_direct", "aio", "uring", "aiofiles")
+_NVIDIA_FS = Path("/proc/driver/nvidia-fs")
+FEATURES = ("cuda", "pinned", "triton", "o_direct", "aio", "uring", "aiofiles", "gds")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def inspect(required: Iterable[str] = (), nvme_dir: Path | None = None, *, secon
     return Report(
         versions={"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         gpus=_gpus(),
-        features={"cuda": _cuda(), "pinned": _pinned(), "triton": _triton(), "o_direct": direct, **_engines()},
+        features={"cuda": _cuda(), "pinned": _pinned(), "triton": _triton(), "o_direct": direct, **_engines(nvme_dir)},
         disk=disk,
         memory=_memory(),
         required=required,
@@ -114,11 +115,14 @@ def _triton() -> Feature:
     return Feature(found is not None, "the slower reference kernels are used" if found is None else "")
 
 
-def _engines() -> dict[str, Feature]:
+def _engines(nvme_dir: Path | None) -> dict[str, Feature]:
     from kvoffload_storage.engines import available_engines
 
-    reasons = available_engines()
-    return {name: Feature(not reasons[name], reasons[name]) for name in ("aio", "uring", "aiofiles")}
+    reasons = available_engines(nvme_dir)
+    found = {name: Feature(not reasons[name], reasons[name]) for name in ("aio", "uring", "aiofiles", "gds")}
+    if found["gds"].present and not _NVIDIA_FS.exists():
+        found["gds"] = Feature(True, "nvidia-fs is not loaded: cuFile may go through host memory")
+    return found
 
 
 def _look_at_disk(folder: Path, seconds: float, *, keeps: bool) -> tuple[dict[str, Any], Feature]:

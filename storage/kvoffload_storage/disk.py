@@ -151,7 +151,7 @@ def _read(file: PageFile, n_bytes: int, size: int, seconds: float) -> float:
     """Seconds a random read of ``size`` bytes takes, in batches of eight per thread."""
     engine = build_engine("threads", n_threads=READ_DEPTH)
     n_batch = 8 * READ_DEPTH
-    memory, places = aligned_empty(n_batch * size).numpy(), np.arange(n_batch) * size
+    memory, places = aligned_empty(n_batch * size), np.arange(n_batch) * size
     random = np.random.default_rng(1)
     n_reads, start = 0, time.perf_counter()
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .aligned import aligned_empty
@@ -14,7 +15,7 @@ from .directory import StoreDirectory
 from .disk import free_bytes, probe_direct
 from .engines import build_engine
 from .errors import CapacityError, StorageError, UnavailableError
-from .file_reads import FileTicket, PartRead, VerifyingTicket, all_slices, batch_of, check_slices
+from .file_reads import FileTicket, PartRead, VerifyingTicket, all_slices, batch_of, check_slices, put_rows
 from .format import Header, PageLayout, layout_of
 from .page_file import PageFile
 from .plan import Int64Array, plan_read
@@ -77,7 +78,7 @@ class FileStore(Store):
         self._n_base = [len(layer) for layer in self._checksums]
         self._files: list[PageFile] = []
         self._check_cap(capacity_pages * shape.n_layers)
-        self._engine = build_engine(engine, n_threads=n_threads)
+        self._engine = build_engine(engine, n_threads=n_threads, directory=directory)
         try:
             self._folder = StoreDirectory(directory)
             self.direct, self.direct_note = _choose_direct(self._folder.path, direct)
@@ -114,6 +115,10 @@ class FileStore(Store):
     def engine(self) -> str:
         """Which engine reads."""
         return self._engine.name
+
+    @property
+    def reads_to_device(self) -> bool:
+        return self._engine.on_device
 
     @property
     def depth(self) -> int:
@@ -231,7 +236,8 @@ class FileStore(Store):
         n_base, n_copied = self._n_base[layer], 0
         for rows, extent in self._writes.memory_of(layer, page_ids - n_base):
             source = extent.pages.numpy().reshape(-1, layout.n_slices, layout.slice_bytes)
-            out.numpy()[where[rows]] = source[page_ids[rows] - n_base - extent.first, slice_ids[rows]]
+            found = source[page_ids[rows] - n_base - extent.first, slice_ids[rows]]
+            put_rows(out, where[rows], torch.from_numpy(found))
             on_disk[rows] = False
             n_copied += len(rows) * layout.slice_bytes
         if not on_disk.any():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .aligned import BLOCK_BYTES, is_aligned
@@ -40,9 +41,17 @@ class FileTicket(Ticket):
         for part in self._parts:
             part.pending.result()
             if len(part.plan.repeats):
-                rows = self._out.numpy()
-                rows[part.rows[part.plan.repeats]] = rows[part.rows[part.plan.repeat_of]]
+                repeated = torch.from_numpy(part.rows[part.plan.repeat_of]).to(self._out.device)
+                put_rows(self._out, part.rows[part.plan.repeats], self._out[repeated])
         return self._moved
+
+
+def put_rows(out: Tensor, rows: Int64Array, values: Tensor) -> None:
+    """Row ``rows[i]`` of uint8 [.., m], on any device, becomes row i of ``values``."""
+    if out.device.type == "cpu":
+        out.numpy()[rows] = values.numpy()  # torch would take byte by byte
+    else:
+        out.index_copy_(0, torch.from_numpy(rows).to(out.device), values.to(out.device))
 
 
 class VerifyingTicket(Ticket):
@@ -64,7 +73,7 @@ def check_slices(
     found: Tensor, page_ids: Int64Array, slice_ids: Int64Array, expected: Checksums, *, directory: Path, layer: int
 ) -> None:
     """Raise IntegrityError for the first of the slices uint8 [n, slice_bytes] that is not what was written."""
-    rows = found.numpy()
+    rows = found.cpu().numpy()
     for row, page, piece in zip(rows, page_ids.tolist(), slice_ids.tolist(), strict=True):
         if (given := checksum(row.data)) != expected[page][piece]:
             raise IntegrityError(
@@ -77,7 +86,7 @@ def batch_of(plan: ReadPlan, disk_rows: Int64Array, out: Tensor, *, direct: bool
     """The plan's ranges with the rows of ``out`` that they fill."""
     size = out.shape[1]
     in_place = size % BLOCK_BYTES == 0 and (is_aligned(out) or not direct)
-    return ReadBatch(plan, out.view(-1).numpy(), disk_rows[plan.rows] * size, size, in_place)
+    return ReadBatch(plan, out.view(-1), disk_rows[plan.rows] * size, size, in_place)
 
 
 def all_slices(first: int, n_pages: int, n_slices: int) -> tuple[Int64Array, Int64Array]:

@@ -75,6 +75,11 @@ class Store(ABC):
         return ""
 
     @property
+    def reads_to_device(self) -> bool:
+        """Whether ``read_slices`` takes an ``out`` on a CUDA device too, and saves a copy by it."""
+        return False
+
+    @property
     @abstractmethod
     def slice_cost_bytes(self) -> int:
         """Bytes that reading one lone slice moves at most (>= shape.slice_bytes; larger where reads are aligned)."""
@@ -97,7 +102,8 @@ class Store(ABC):
         """Start reading slice ``slice_ids[i]`` of page ``page_ids[i]`` into ``out[i]``.
 
         Ids are int64 [n] in host memory, in any order, repeats allowed, n may be 0; ``out`` is uint8 [n, slice_bytes],
-        contiguous, in host memory for the cpu and nvme tiers, and belongs to the store until ``Ticket.wait`` returns.
+        contiguous, in host memory for the cpu and nvme tiers (but see ``reads_to_device``), and belongs to the store
+        until ``Ticket.wait`` returns.
         """
 
     def read_scattered(self, layer: int, page_ids: Tensor, slice_ids: Tensor, memory: Tensor, places: Tensor) -> Ticket:

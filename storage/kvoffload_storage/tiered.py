@@ -67,6 +67,10 @@ class TieredStore(WrapperStore):
         self._unasked = [Moved() for _ in range(self.shape.n_layers)]
 
     @property
+    def reads_to_device(self) -> bool:
+        return False  # the slots are in host memory
+
+    @property
     def n_slots(self) -> int:
         return len(self._used)
 

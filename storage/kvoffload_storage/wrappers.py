@@ -29,6 +29,10 @@ class WrapperStore(Store):
         return self.inner.note
 
     @property
+    def reads_to_device(self) -> bool:
+        return self.inner.reads_to_device
+
+    @property
     def slice_cost_bytes(self) -> int:
         return self.inner.slice_cost_bytes
 

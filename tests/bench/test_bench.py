@@ -308,7 +308,7 @@ def test_page_reads_are_timed_and_fio_is_left_out_where_it_is_not(
     monkeypatch.setattr(disk.shutil, "which", lambda name: None)
     monkeypatch.setattr(disk, "_ROUNDS", 1)
     flags = ["--mb", "64", "--seconds", "0.1", "--engines", "threads,uring", "--json"]
-    monkeypatch.setattr(options, "available_engines", lambda: {"threads": "", "uring": "seccomp"})
+    monkeypatch.setattr(options, "why_not", lambda name, folder: "seccomp" if name == "uring" else "")
     told = report(kvoffload("bench", "io", "--nvme-dir", str(tmp_path), *flags))
     assert told["left_out"] == {"uring": "seccomp", "fio": "fio is not installed"}
     assert [(row["engine"], row["page_bytes"], row["depth"]) for row in told["rows"]] == [
@@ -334,7 +334,7 @@ def test_page_reads_are_timed_and_fio_is_left_out_where_it_is_not(
         ("copy --device cpu --chunks 100", "chunks: 100 bytes are no whole words"),
         ("copy --device cpu --launches 1T", "launches: 1,099,511,627,776 bytes are more than the source"),
         ("copy --device cpu --launches 64 --chunks 128", "launches: 64 bytes are less than every chunk"),
-        ("io --engines tape", "engines: 'tape' is unknown; accepted: threads, aio, aiofiles, uring"),
+        ("io --engines tape", "engines: 'tape' is unknown; accepted: threads, aio, aiofiles, uring, gds"),
         ("io --nvme-dir /nowhere", "nvme_dir: '/nowhere' is no folder"),
     ],
 )

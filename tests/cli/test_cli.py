@@ -167,7 +167,7 @@ def test_bad_input_is_one_line_and_an_exit_code_before_weights_load(
 def test_an_engine_that_does_not_work_here_is_refused(
     kvoffload: Any, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "available_engines", lambda: {"threads": "", "uring": "seccomp"})
+    monkeypatch.setattr(command, "why_not", lambda name, folder: "seccomp")
     ran = kvoffload(*TINY, "-p", "x", "--offload", "nvme", "--io-engine", "uring")
     assert (ran.code, ran.err) == (2, "error: io_engine: 'uring' cannot be used here: seccomp\n")
 

@@ -26,7 +26,7 @@ def test_a_report_covers_every_feature_and_measures_the_disk(tmp_path: Path) -> 
 
 def test_a_required_feature_that_is_not_there_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"aio": Feature(True), "uring": Feature(False, "seccomp"), "aiofiles": Feature(True)}
-    monkeypatch.setattr(doctor, "_engines", lambda: found)
+    monkeypatch.setattr(doctor, "_engines", lambda folder: found)
     report = inspect(["uring", "aiofiles"], tmp_path, seconds=0.01)
     assert report.missing == ("uring",)
     assert ("uring", "no (seccomp)") in report.rows()
@@ -64,3 +64,13 @@ def test_gpus_and_pinned_memory_are_looked_for(monkeypatch: pytest.MonkeyPatch) 
 def test_the_doctor_loads_no_model_library() -> None:
     script = "import kvoffload.runtime.doctor, sys; sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("loaded", "note"), [(True, ""), (False, "cuFile may go through host memory")])
+def test_gpudirect_without_its_kernel_module_is_told(
+    loaded: bool, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvoffload_storage.engines.choice.why_no_gds", lambda folder: "")
+    monkeypatch.setattr(doctor, "_NVIDIA_FS", tmp_path if loaded else tmp_path / "none")
+    found = doctor._engines(tmp_path)["gds"]
+    assert (found.present, note in found.note, bool(found.note)) == (True, True, bool(note))

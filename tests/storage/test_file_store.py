@@ -110,7 +110,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_engine_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="'tape', expected one of threads, aio, aiofiles, uring"):
+    with pytest.raises(UnavailableError, match="'tape', expected one of threads, aio, aiofiles, uring, gds"):
         FileStore(tmp_path, SHAPE, engine="tape")
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kvoffload_storage import IntegrityError, StorageError, UnavailableError
+import torch
+from kvoffload_storage import FileStore, IntegrityError, StorageError, StoreShape, UnavailableError
 from kvoffload_storage.aligned import aligned_empty
-from kvoffload_storage.engines import ReadBatch, aio, build_engine, uring
+from kvoffload_storage.engines import ReadBatch, aio, build_engine, choice, gds, uring
 from kvoffload_storage.format import PageLayout
 from kvoffload_storage.page_file import PageFile
 from kvoffload_storage.plan import lone_reads
@@ -91,7 +92,7 @@ class Completion(types.SimpleNamespace):
 def ring(monkeypatch: pytest.MonkeyPatch) -> StandInRing:
     stand_in = StandInRing()
     monkeypatch.setitem(sys.modules, "liburing", stand_in)
-    monkeypatch.setattr(uring, "why_no_uring", lambda: "")
+    monkeypatch.setattr(choice, "why_no_uring", lambda: "")
     return stand_in
 
 
@@ -108,7 +109,7 @@ def file(tmp_path: Path) -> Iterator[PageFile]:
 def batch(out: np.ndarray, blocks: list[int], *, in_place: bool) -> ReadBatch:
     """Block ``blocks[i]`` into row i of uint8 [n, BLOCK]."""
     plan = lone_reads(np.array(blocks, np.int64) * BLOCK, BLOCK)
-    return ReadBatch(plan, out.reshape(-1), np.arange(len(blocks)) * BLOCK, BLOCK, in_place)
+    return ReadBatch(plan, torch.from_numpy(out.reshape(-1)), np.arange(len(blocks)) * BLOCK, BLOCK, in_place)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -164,7 +165,7 @@ def test_a_probe_that_cannot_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_engine_that_is_blocked_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uring, "why_no_uring", lambda: "blocked here")
+    monkeypatch.setattr(choice, "why_no_uring", lambda: "blocked here")
     with pytest.raises(UnavailableError, match="engine uring: blocked here"):
         build_engine("uring", n_threads=1)
 
@@ -230,7 +231,7 @@ class StandInKernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> StandInKernel:
     stand_in = StandInKernel()
-    monkeypatch.setattr(aio, "why_no_aio", lambda: "")
+    monkeypatch.setattr(choice, "why_no_aio", lambda: "")
     monkeypatch.setattr(aio, "_Kernel", lambda depth: stand_in)
     return stand_in
 
@@ -295,3 +296,98 @@ def test_a_probe_says_why_aio_cannot_be_used(probe: str, reason: str, monkeypatc
 def test_aio_is_for_machines_whose_calls_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aio.platform, "machine", lambda: "pdp11")
     assert aio.why_no_aio.__wrapped__() == "no system call numbers for linux on pdp11"
+
+
+class StandInGdsFile:
+    """Loads into storages of host memory, as torch's does into a device's; ``fails`` makes it refuse as cuFile does."""
+
+    opened = 0
+    fails = ""
+
+    def __init__(self, path: str, flags: int) -> None:
+        self.fd = os.open(path, flags)
+        StandInGdsFile.opened += 1
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    def load_storage(self, storage: torch.UntypedStorage, offset: int = 0) -> None:
+        if StandInGdsFile.fails:
+            raise RuntimeError(StandInGdsFile.fails)
+        target = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+        os.preadv(self.fd, [target], offset)
+
+
+@pytest.fixture
+def gds_here(monkeypatch: pytest.MonkeyPatch) -> type[StandInGdsFile]:
+    monkeypatch.setattr(choice, "why_no_gds", lambda directory: "")
+    monkeypatch.setattr(gds, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda.gds, "GdsFile", StandInGdsFile)
+    monkeypatch.setattr(StandInGdsFile, "opened", 0)
+    monkeypatch.setattr(StandInGdsFile, "fails", "")
+    return StandInGdsFile
+
+
+@pytest.mark.parametrize("slice_bytes", [4096, 48])
+def test_gds_fills_memory_slice_by_slice(gds_here: type[StandInGdsFile], tmp_path: Path, slice_bytes: int) -> None:
+    pages = torch.randint(0, 256, (9, 3, slice_bytes), dtype=torch.uint8)
+    store = FileStore(tmp_path, StoreShape(1, 3, slice_bytes), engine="gds", extent_bytes=1)
+    store.append(0, pages)
+    store.flush()
+    assert (store.engine, store.reads_to_device) == ("gds", True)
+    page_ids, slice_ids = torch.tensor([8, 0, 8, 3, 3]), torch.tensor([2, 0, 2, 1, 2])
+    whole = torch.zeros(7, slice_bytes, dtype=torch.uint8)
+    for _ in range(2):
+        store.read_slices(0, page_ids, slice_ids, whole[1:6]).wait()
+        assert torch.equal(whole[1:6], pages[page_ids, slice_ids])
+    assert not whole[[0, 6]].any()
+    assert gds_here.opened == 1
+    store.close()
+
+
+def test_gds_tells_what_cufile_refuses_and_what_is_missing(gds_here: type[StandInGdsFile], file: PageFile) -> None:
+    engine = build_engine("gds", n_threads=2)
+    out = np.zeros((100, BLOCK), np.uint8)
+    with pytest.raises(IntegrityError, match="0 bytes at 409600, expected 4096"):
+        engine.read(file, batch(out, [*range(99), 100], in_place=True)).result()
+    gds_here.fails = "cuFileRead failed: device pointer lookup failure\nbacktrace"
+    with pytest.raises(StorageError, match=r"blocks: cuFileRead failed: device pointer lookup failure$"):
+        engine.read(file, batch(out, [3], in_place=True)).result()
+    gds_here.fails = ""
+    engine.read(file, batch(out, [3], in_place=True)).result()
+    assert out[0].tolist() == [3] * BLOCK
+    engine.close()
+
+
+def test_gds_leaves_memory_of_the_host_to_threads(
+    gds_here: type[StandInGdsFile], file: PageFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gds, "DEVICE", "cuda")
+    engine = build_engine("gds", n_threads=2)
+    out = np.zeros((4, BLOCK), np.uint8)
+    engine.read(file, batch(out, [3, 1, 4, 1], in_place=True)).result()
+    engine.close()
+    assert (out[:, 5].tolist(), gds_here.opened) == ([3, 1, 4, 1], 0)
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [("pass", ""), ("import sys; sys.exit('cuFile: 5001')", "cuFile: 5001"), ("raise OSError(1)", "1")],
+)
+def test_a_probe_says_why_gds_cannot_be_used(
+    probe: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gds.why_no_gds.__wrapped__(tmp_path) == "no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gds, "_PROBE", probe)
+    found = gds.why_no_gds.__wrapped__(tmp_path / "not made yet")
+    assert (reason in found, bool(found)) == (True, bool(reason))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_probe_of_gds_that_hangs_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gds, "_PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(gds, "_PROBE_S", 0.2)
+    assert "timed out" in gds.why_no_gds.__wrapped__(tmp_path)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..aligned import aligned_empty
-from ..errors import IntegrityError, UnavailableError
+from ..errors import IntegrityError
 from ..page_file import PageFile
 from .base import Engine, PendingRead, ReadBatch, read_fully
 
@@ -63,9 +63,6 @@ class AioEngine(Engine):
     depth = DEPTH
 
     def __init__(self, n_threads: int) -> None:
-        reason = why_no_aio()
-        if reason:
-            raise UnavailableError(f"engine aio: {reason}")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvoffload-aio")
         self._reader = _Reader()
 
@@ -90,7 +87,7 @@ class _Batch:
         self._scratch = aligned_empty(0 if batch.in_place else plan.n_bytes).numpy()
         self._starts = np.cumsum(plan.sizes) - plan.sizes  # of each range in scratch memory
         if batch.in_place:
-            places, sizes = batch.memory.ctypes.data + batch.places, np.full(len(batch.places), batch.slice_bytes)
+            places, sizes = batch.memory.data_ptr() + batch.places, np.full(len(batch.places), batch.slice_bytes)
             firsts, counts = plan.firsts[:-1], np.diff(plan.firsts)
         else:
             places, sizes = self._scratch.ctypes.data + self._starts, plan.sizes

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..aligned import aligned_empty, round_down, round_up
 from ..errors import IntegrityError
@@ -65,7 +66,7 @@ class ReadBatch:
     and nothing else, at most 1024 of them, and aligned as the file needs it."""
 
     plan: ReadPlan
-    memory: Bytes
+    memory: Tensor
     places: Int64Array
     slice_bytes: int
     in_place: bool
@@ -75,7 +76,7 @@ class ReadBatch:
 
     def jobs(self) -> list[ReadJob]:
         """The ranges one by one."""
-        plan, view, size = self.plan, self.memory.data, self.slice_bytes
+        plan, view, size = self.plan, self.memory.numpy().data, self.slice_bytes
         targets = [view[place : place + size] for place in self.places.tolist()]
         firsts, starts = plan.firsts.tolist(), plan.starts.tolist()
         ranges = zip(plan.offsets.tolist(), plan.sizes.tolist(), firsts[:-1], firsts[1:], strict=True)
@@ -136,6 +137,8 @@ class Engine(ABC):
     name: str
     depth: int
     """How many reads are under way at once, at most."""
+    on_device = False
+    """Whether memory of a device may be read into, and should be."""
 
     @abstractmethod
     def read(self, file: PageFile, batch: ReadBatch) -> PendingRead:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..errors import IntegrityError, UnavailableError
+from ..errors import IntegrityError
 from ..page_file import PageFile
 from .base import Engine, PendingRead, ReadBatch, ReadJob, Scratch
 
@@ -55,9 +55,6 @@ class UringEngine(Engine):
     depth = RING_ENTRIES
 
     def __init__(self, n_threads: int) -> None:
-        reason = why_no_uring()
-        if reason:
-            raise UnavailableError(f"engine uring: {reason}")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvoffload-uring")
         self._reader = _RingReader()
 
