@@ -150,7 +150,7 @@ def kinds(slot: str) -> str:
         ("generate --model tiny -p x --max-new-tokens 99999999999", 3, "of host memory"),
         ("plan --model tiny --context lots", 2, "context: 'lots' is not a number of tokens"),
         ("plan --model tiny --batch 0", 2, "Invalid value for '--batch'"),
-        ("env --require gds", 2, "'gds' is unknown; accepted: cuda"),
+        ("env --require tape", 2, "'tape' is unknown; accepted: cuda"),
     ],
 )
 def test_bad_input_is_one_line_and_an_exit_code_before_weights_load(
