@@ -28,9 +28,8 @@ from kvoffload.errors import UsageError
 from kvoffload.layer_budgets import layer_shares, read_layer_budgets
 from kvoffload.policies import PolicyConfig
 from kvoffload.selection import SelectorConfig
-from kvoffload.units import Budget, parse_size
+from kvoffload.units import Budget, parse_page_size, parse_size
 
-AUTO_PAGE = 0  # a page size that is not settled yet
 _MIN_TEMPERATURE = 0.01  # logits divided by less leave the range of fp32
 
 
@@ -99,12 +98,6 @@ def _word_for_none(word: str) -> tuple[BeforeValidator, PlainSerializer]:
     )
 
 
-def _page_size(value: Any) -> Any:
-    if value in (0, "0"):
-        raise ValueError(f"{value} is not a power of two from 1 to 256, or auto")
-    return AUTO_PAGE if value == "auto" else value
-
-
 def _texts(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -114,7 +107,7 @@ OptionalSize = Annotated[Size | None, *_word_for_none("off")]
 OptionalCount = Annotated[Annotated[int, Field(ge=1)] | None, *_word_for_none("auto")]
 OptionalSteps = Annotated[Annotated[int, Field(ge=16)] | None, *_word_for_none("off")]
 PageSize = Annotated[
-    int, Field(le=256), BeforeValidator(_page_size), PlainSerializer(lambda n: n or "auto", when_used="json")
+    int, Field(le=256), BeforeValidator(parse_page_size), PlainSerializer(lambda n: n or "auto", when_used="json")
 ]
 BudgetField = Annotated[Budget, BeforeValidator(Budget.parse), PlainSerializer(str)]
 SelectorField = Annotated[SelectorConfig, BeforeValidator(_variant)]

@@ -7,7 +7,9 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+AUTO_PAGE = 0  # a page size that is not settled yet
 
 _PREFIXES = "kmgt"
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
@@ -91,3 +93,10 @@ class Budget:
         if self.unit == "tokens":
             return self.amount
         return self.amount / (token_bytes * n_heads_total)
+
+
+def parse_page_size(value: Any) -> Any:
+    """A page size as given; AUTO_PAGE for "auto"."""
+    if value in (0, "0"):
+        raise ValueError(f"{value} is not a power of two from 1 to 256, or auto")
+    return AUTO_PAGE if value == "auto" else value

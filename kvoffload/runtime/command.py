@@ -13,7 +13,6 @@ import torch
 from kvoffload_storage.engines import why_not
 from rich.console import Console
 
-from kvoffload.config import AUTO_PAGE
 from kvoffload.errors import UsageError
 from kvoffload.models.catalog import (
     ACCEPTED,
@@ -40,7 +39,7 @@ from kvoffload.runtime.session import Session
 from kvoffload.runtime.session_choice import FoundSession, find_session, has_session, open_session
 from kvoffload.runtime.terminal import ProgressView, plan_title, statistics_line, write_json, write_table
 from kvoffload.settings import S, Settings, to_toml
-from kvoffload.units import parse_count
+from kvoffload.units import AUTO_PAGE, parse_count
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from kvoffload_storage.bundle import read_manifest
 from kvoffload_storage.disk import keep_read_unit, kept_read_unit, measure_disk
 from kvoffload_storage.errors import StorageError
 
-from kvoffload.config import AUTO_PAGE, RuntimeConfig
+from kvoffload.config import RuntimeConfig
 from kvoffload.runtime.plan import KVFootprint
 from kvoffload.runtime.session_file import describe
-from kvoffload.units import format_size
+from kvoffload.units import AUTO_PAGE, format_size
 
 C = TypeVar("C", bound=RuntimeConfig)
 PAGE_SIZES = (16, 32, 64)

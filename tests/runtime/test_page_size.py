@@ -6,11 +6,12 @@ import pytest
 import torch
 from kvoffload_storage import disk
 
-from kvoffload.config import AUTO_PAGE, RuntimeConfig
+from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UsageError
 from kvoffload.runtime import page_size
 from kvoffload.runtime.engine import Runtime, checked
 from kvoffload.runtime.page_size import page_size_for, page_size_hint, settle_page_size
+from kvoffload.units import AUTO_PAGE
 from tests.runtime.tiny import load
 
 KIB = 1 << 10
