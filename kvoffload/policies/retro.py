@@ -13,8 +13,7 @@ part belongs to the row's older query, as in the paper, so it is exact in the fi
 the slices that a row has seen are held on the device, so that its remainder can be estimated for their union.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.reading import Read, Reading, WrapperReading
-from kvoffload.buffers import page_mask, tensor_bytes
+from kvoffload.buffers import tensor_bytes
 from kvoffload.policies.base import Depth, Policy, PolicyConfigBase
 from kvoffload.values import Fetched, Pages, Partial, merge
 
@@ -54,22 +53,40 @@ class Retro(Policy):
 
     def attach(self, layer: LayerCache, depth: Depth) -> None:
         if self.n_revised:
-            layer.reading = RetroReading(layer.reading, self.n_revised)
+            layer.reading = RetroReading(layer.reading)
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is kept of one revisable token in one layer: the partial [rows, R] over the pages it has seen, which ones
-    they are (bool [rows, P]), and the slices themselves where a completion needs them."""
+class Kept:
+    """What is kept of the n tokens of a forward in one layer, oldest first, in query rows: the partials [rows * n, R]
+    over the pages they have seen, which ones those are (bool [rows, n, P]), and the slices themselves where a
+    completion needs them."""
 
     pages: Partial
     seen: Tensor
     held: Fetched | None
 
-    @staticmethod
-    def blank(query: Tensor, value_dim: int) -> "Row":
-        """Of a token that was decoded before there were pages."""
-        return Row(Partial.empty(query, value_dim), query.new_zeros(query.shape[0], 0, dtype=torch.bool), None)
+    @property
+    def n_tokens(self) -> int:
+        return self.seen.shape[1]
+
+    def followed(self, n: int, n_pages: int) -> "Kept":
+        """The newest n - 1 and behind them a new one that has seen nothing yet, of so many pages. Those that were
+        decoded before there were pages have seen nothing either."""
+        rows, n_before, n_known = self.seen.shape
+        missing = max(n - 1 - n_before, 0)
+        gone = n_before + missing + 1 - n
+        output, lse = (t.unflatten(0, (rows, n_before))[:, gone:] for t in self.pages.both())
+        output = F.pad(output, (0, 0, 0, 0, missing, 1)).flatten(0, 1)
+        lse = F.pad(lse, (0, 0, missing, 1), value=-torch.inf).flatten(0, 1)
+        seen = F.pad(self.seen[:, gone:], (0, n_pages - n_known, missing, 1))
+        held = self.held
+        if held is not None:
+            number = held.row_ids % n_before - gone
+            kept = (number >= 0).nonzero()[:, 0]
+            row_ids = held.row_ids // n_before * n + number + missing
+            held = replace(_pick(held, kept), row_ids=row_ids[kept])
+        return Kept(Partial(output, lse), seen, held)
 
     @property
     def resident_bytes(self) -> int:
@@ -78,90 +95,81 @@ class Row:
 
 
 class RetroReading(WrapperReading):
-    """The wrapped reading for the newest query of each row; cached partials and supplements for the others."""
+    """The wrapped reading for the newest query of each row; cached partials and supplements for the others. What is new
+    to any token of a row is attended to in one call, whatever the window; to learn how much that is waits for the
+    device."""
 
     single_steps = True
 
-    def __init__(self, inner: Reading, n_kept: int) -> None:
+    def __init__(self, inner: Reading) -> None:
         super().__init__(inner)
-        self._n_kept = n_kept
-        self._rows: list[Row] = []  # oldest first
+        self._kept: Kept | None = None
         self._sealed: Pages | None = None
 
     @property
     def resident_bytes(self) -> int:  # type: ignore[override]
-        return self.inner.resident_bytes + sum(row.resident_bytes for row in self._rows)
+        return self.inner.resident_bytes + (0 if self._kept is None else self._kept.resident_bytes)
 
     def restart(self) -> None:
         super().restart()
-        self._rows, self._sealed = [], None
+        self._kept, self._sealed = None, None
 
     def sealed(self, pages: Pages) -> None:
         super().sealed(pages)
         self._sealed = pages
 
     def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
-        rows = layer.geometry.rows
-        queries, outputs, lses = (t.unflatten(0, (rows, -1)).unbind(1) for t in (query, anchors.output, anchors.lse))
-        by_query = [Partial(*part) for part in zip(outputs, lses, strict=True)]
-        newest = self.inner.attend(layer, queries[-1], by_query[-1])
-        n_older = len(queries) - 1
-        while len(self._rows) < n_older:
-            self._rows.insert(0, Row.blank(queries[0], layer.geometry.value_dim))
-        older = self._rows[len(self._rows) - n_older :]
-        loaded = self._loaded(layer, newest.fetched)
-        self._rows = [self._supplement(layer, *pair, loaded) for pair in zip(older, queries[:-1], strict=True)]
-        parts = [self._parts(layer, *row) for row in zip(self._rows, queries[:-1], by_query[:-1], strict=True)]
-        parts.append((newest.exact, newest.remainder))
-        blank = Row.blank(queries[-1], layer.geometry.value_dim)
-        self._rows.append(self._supplement(layer, blank, queries[-1], [newest.fetched]))
-        self._rows, self._sealed = self._rows[-self._n_kept :], None
-        exact, remainder = (_side_by_side(part) for part in zip(*parts, strict=True))
-        return Read(exact, remainder, newest.fetched, newest.scores)
+        n = query.shape[0] // layer.geometry.rows
+        newest = self.inner.attend(layer, query[n - 1 :: n], Partial(*(t[n - 1 :: n] for t in anchors.both())))
+        kept = self._kept = self._supplement(layer, query, newest.fetched)
+        if n == 1:
+            return newest
+        remainder = self._remainder(layer, query, kept.held)
+        return Read(merge([anchors, kept.pages]), remainder, newest.fetched, newest.scores)
 
-    def _loaded(self, layer: LayerCache, fetched: Fetched) -> list[Fetched]:
-        """What came to the device in this step: the pages that sealed, and those of the selection that did not."""
-        if self._sealed is None:
-            return [fetched]
-        first = layer.n_pages - self._sealed.n_pages
-        left = fetched.page_ids < first
-        return [_slices(self._sealed, first), _pick(fetched, left)]
-
-    def _supplement(self, layer: LayerCache, row: Row, query: Tensor, loaded: list[Fetched]) -> Row:
-        """The row with what it has not seen of the loaded slices."""
-        seen = F.pad(row.seen, (0, layer.n_pages - row.seen.shape[1]))
-        new = [_pick(part, ~seen[part.row_ids, part.page_ids]) for part in loaded]
-        partials = [row.pages]
-        for part in new:
-            attended = attend_slices(query, part.keys, part.values, part.row_ids, part.valid, layer.geometry.softcap)
-            partials.append(Partial(*attended))
-            seen = seen | page_mask(part.page_ids, part.row_ids, *seen.shape)
+    def _supplement(self, layer: LayerCache, query: Tensor, fetched: Fetched) -> Kept:
+        """All tokens of a forward with what they had not seen of what came to the device in this step: the pages that
+        sealed, and the selection, which is all that the newest one sees."""
+        rows, n_pages, n = layer.geometry.rows, layer.n_pages, query.shape[0] // layer.geometry.rows
+        if self._kept is None:
+            none = query.new_zeros(rows, 0, n_pages, dtype=torch.bool)
+            self._kept = Kept(Partial.empty(query[:0], layer.geometry.value_dim), none, None)
+        before, chosen = self._kept.followed(n, n_pages), fetched.mask(rows, n_pages)
+        loaded = self._loaded(layer, fetched)
+        lacking = ~before.seen
+        lacking[:, -1] = chosen
+        slices, number = lacking[loaded.row_ids, :, loaded.page_ids].nonzero().unbind(1)
+        new = replace(_pick(loaded, slices), row_ids=loaded.row_ids[slices] * n + number)
+        attended = attend_slices(query, new.keys, new.values, new.row_ids, new.valid, layer.geometry.softcap)
+        seen = before.seen | loaded.mask(rows, n_pages)[:, None]
+        seen[:, -1] = chosen
         held = None
         if layer.completion.state_bytes:
-            held = Fetched.join([*(() if row.held is None else (row.held,)), *new])
-        return Row(merge(partials), seen, held)
+            held = new if before.held is None else Fetched.join([before.held, new])
+        return Kept(merge([before.pages, Partial(*attended)]), seen, held)
 
-    def _parts(self, layer: LayerCache, row: Row, query: Tensor, anchors: Partial) -> tuple[Partial, Partial]:
-        """Of a revised row: anchors as they are now with the pages it has seen, and the remainder behind those."""
-        exact = merge([anchors, row.pages])
-        if row.held is None:
-            return exact, Partial.empty(query, layer.geometry.value_dim)
+    def _loaded(self, layer: LayerCache, fetched: Fetched) -> Fetched:
+        """What came to the device in this step: the pages that sealed, and those of the selection that did not."""
+        if self._sealed is None:
+            return fetched
+        first = layer.n_pages - self._sealed.n_pages
+        sealed, self._sealed = _slices(self._sealed, first), None
+        return Fetched.join([sealed, _pick(fetched, (fetched.page_ids < first).nonzero()[:, 0])])
+
+    def _remainder(self, layer: LayerCache, query: Tensor, held: Fetched | None) -> Partial:
+        """Behind the pages that each token has seen; the newest one's scores were counted already."""
+        if held is None:
+            return Partial.empty(query, layer.geometry.value_dim)
         scores = query.new_zeros(1).expand(*query.shape[:2], layer.n_pages)
         if layer.completion.uses_scores:
-            scores = layer.score(query).to(query.device)
-        return exact, layer.completion.estimate(query, row.held, scores)
+            scores = layer.score(query, query.shape[0] - layer.geometry.rows).to(query.device)
+        return layer.completion.estimate(query, held, scores)
 
 
-def _side_by_side(parts: Sequence[Partial]) -> Partial:
-    """Partials [rows, R] of a row's queries in order as query rows."""
-    output, lse = (torch.stack([getattr(p, name) for p in parts], 1).flatten(0, 1) for name in ("output", "lse"))
-    return Partial(output, lse)
-
-
-def _pick(fetched: Fetched, keep: Tensor) -> Fetched:
-    """Copies of some of the slices, with their row ids; waits for the device."""
-    valid = None if fetched.valid is None else fetched.valid[keep]
-    return Fetched(fetched.keys[keep], fetched.values[keep], valid, fetched.row_ids[keep], fetched.page_ids[keep])
+def _pick(fetched: Fetched, which: Tensor) -> Fetched:
+    """Copies of the slices ``which`` (int64), with their row ids."""
+    valid = None if fetched.valid is None else fetched.valid[which]
+    return Fetched(fetched.keys[which], fetched.values[which], valid, fetched.row_ids[which], fetched.page_ids[which])
 
 
 def _slices(pages: Pages, first: int) -> Fetched:

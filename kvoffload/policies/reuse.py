@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvoffload.attention.choosing import Chooser
 from kvoffload.attention.layer import LayerCache
-from kvoffload.buffers import page_mask, tensor_bytes
+from kvoffload.buffers import tensor_bytes
 from kvoffload.selection.topk import take_best
 from kvoffload.values import Selection
 
@@ -53,14 +53,14 @@ class Dilation:
     hits: float
     reach: int
 
-    def dilate(self, ranking: Tensor, row_ids: Tensor, page_ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """As many slices of each row as it has: the best hits, then neighbours, nearest first, then the other hits.
-        ranking fp32 [rows, P]; counts int64 [rows]."""
-        rows, n_pages = ranking.shape
-        chosen = page_mask(page_ids, row_ids, rows, n_pages)
-        order = ranking.masked_fill(~chosen, -torch.inf).argsort(dim=1, descending=True)
-        place = torch.arange(n_pages, device=ranking.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(1, order, place)
+    def dilated(self, ranking: Tensor, counts: Tensor) -> Tensor:
+        """A ranking [rows, P] by which each row takes as many slices as before, ``counts`` int64 [rows]: the best hits,
+        then neighbours, nearest first, then the other hits."""
+        n_pages = ranking.shape[1]
+        order = ranking.argsort(dim=1, descending=True)
+        place = torch.arange(n_pages, device=ranking.device)
+        rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+        chosen = (rank < counts[:, None]) & ~ranking.isneginf()
         best = chosen & (rank < (counts * self.hits).long()[:, None])
         priority = torch.where(chosen, -rank.float() - 1, -torch.inf)  # below every neighbour
         for distance in range(self.reach, 0, -1):
@@ -68,7 +68,7 @@ class Dilation:
             beside[:, distance:] |= best[:, :-distance]
             beside[:, :-distance] |= best[:, distance:]
             priority = priority.masked_fill(beside, 1 / (1 + distance))
-        return take_best(priority.masked_fill(best, 1.0), counts)
+        return priority.masked_fill(best, 1.0)
 
 
 class Reusing(Chooser):
@@ -76,9 +76,9 @@ class Reusing(Chooser):
 
     A row keeps the newest ``n_anchors`` queries that it was scored for, with their rankings, and takes the ranking of
     the nearest one. If that fails the gate, the row is scored anew, for as many slices as it had in the anchor step;
-    where no row passes, the block begins anew. With ``dilation`` the steps behind the anchor read neighbours of its
-    best pages instead of its worst pages: a step never reads more than its block's first. Rows that must agree
-    (``shared_rows`` in a row) pass or fail together. A budget for everything is the wrapped chooser's.
+    where no row of a sequence passes, its block begins anew. With ``dilation`` the steps behind the anchor read
+    neighbours of its best pages instead of its worst pages: a step never reads more than its block's first. Rows that
+    must agree (``shared_rows`` in a row) pass or fail together. A budget for everything is the wrapped chooser's.
 
     The gate needs an answer on the host, once a layer and step. The reference scores all rows where one fails and
     counts the failing ones, since a scorer by row would stop there.
@@ -102,7 +102,7 @@ class Reusing(Chooser):
 
     def restart(self) -> None:
         self._inner.restart()
-        self._age = 0
+        self._ages: list[int] = []  # steps of each sequence's block so far
         self._anchors: _Anchors | None = None
         self._counts = torch.zeros(0, dtype=torch.int64)  # slices of each row in the block's first step
         self._stale: Tensor | None = None
@@ -124,22 +124,45 @@ class Reusing(Chooser):
         if query.shape[0] > rows or layer.reads_everything:
             return self._inner.choose(layer, query, anchor_lse)
         self._add_to_mean(query)
-        if self._anchors is None or self._age == self._block:
+        if self._anchors is None:
             return self._begin(layer, query, anchor_lse)
         failed, nearest = self._nearest(query, self._anchors)
-        n_failed = int(failed.sum())
-        if n_failed == rows:
+        n_failed = self._note(failed)
+        if sum(n_failed) == rows:
             return self._begin(layer, query, anchor_lse)
-        self._age += 1
         inherited = self._anchors.ranking(nearest, layer.n_pages)
-        if n_failed == 0:
-            return Selection(*self._take(inherited, self._counts)), self._scores(layer, query)
-        scores = layer.score(query, n_failed)
-        ranking, failed = self.rank(layer, scores, anchor_lse), failed.to(scores.device)
-        old = self._take(inherited, self._counts * ~failed)
-        new = take_best(ranking, self._counts * failed)
+        if self._dilation is not None:
+            inherited = self._dilation.dilated(inherited, self._counts)
+        if sum(n_failed) == 0:
+            return Selection(*take_best(inherited, self._counts)), self._scores(layer, query)
+        failed = failed.to(layer.selector.device)
+        scores = self._renew(layer, query, anchor_lse, failed, sum(n_failed))
+        ranking = self.rank(layer, scores, anchor_lse)
         self._anchors = self._anchors.with_new(query, ranking, failed)
-        return Selection(torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]])), scores
+        return Selection(*take_best(torch.where(failed[:, None], ranking, inherited), self._counts)), scores
+
+    def _note(self, failed: Tensor) -> list[int]:
+        """How many rows of each sequence must be scored by ``failed`` bool [rows], in which all rows of those whose
+        block is over fail from now on; where all of them do, another block begins. Waits for the device."""
+        by_sequence = failed.view(len(self._ages), -1)
+        over = [i for i, age in enumerate(self._ages) if age == self._block]
+        if over:
+            by_sequence[over] = True
+        n_failed: list[int] = by_sequence.sum(1).tolist()
+        self._ages = [1 if n == by_sequence.shape[1] else age + 1 for n, age in zip(n_failed, self._ages, strict=True)]
+        return n_failed
+
+    def _renew(self, layer: LayerCache, query: Tensor, anchor_lse: Tensor, failed: Tensor, n_failed: int) -> Tensor:
+        """The scores of a step in which some rows need them; sequences that begin a block get the wrapped chooser's
+        numbers of slices."""
+        if 1 not in self._ages:
+            return layer.score(query, n_failed)
+        rows, before = layer.geometry.rows, layer.meter.scored_rows
+        selection, scores = self._inner.choose(layer, query, anchor_lse)
+        layer.meter.scored_rows = before + (layer.meter.scored_rows - before) * n_failed // rows
+        begins = failed.view(len(self._ages), -1).all(1).repeat_interleave(rows // len(self._ages))
+        self._counts = torch.where(begins, selection.row_ids.bincount(minlength=rows), self._counts)
+        return scores
 
     def _nearest(self, query: Tensor, anchors: "_Anchors") -> tuple[Tensor, Tensor]:
         """Which rows must be scored anew, bool [rows], and each row's nearest anchor, int64 [rows]."""
@@ -163,7 +186,7 @@ class Reusing(Chooser):
 
     def _begin(self, layer: LayerCache, query: Tensor, anchor_lse: Tensor) -> tuple[Selection, Tensor]:
         selection, scores = self._inner.choose(layer, query, anchor_lse)
-        self._age, self._stale = 1, None
+        self._ages, self._stale = [1] * layer.geometry.n_sequences, None
         ranking = self.rank(layer, scores, anchor_lse)
         self._counts = selection.row_ids.bincount(minlength=layer.geometry.rows)
         if self._anchors is None:
@@ -171,10 +194,6 @@ class Reusing(Chooser):
         else:
             self._anchors = self._anchors.with_new(query, ranking, torch.ones_like(self._counts, dtype=torch.bool))
         return selection, scores
-
-    def _take(self, ranking: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = take_best(ranking, counts)
-        return chosen if self._dilation is None else self._dilation.dilate(ranking, *chosen, counts)
 
     def _scores(self, layer: LayerCache, query: Tensor) -> Tensor:
         """Nobody looks at them unless the completion does."""

@@ -36,12 +36,12 @@ UNBOUNDED = HeadBounds()
 
 def take_best(ranking: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """The ``counts`` int64 [rows] best pages of each row of a ranking [rows, P], as row and page ids int64 [F]; waits
-    for the device. Pages at -inf are never taken."""
+    for the device, once. Pages at -inf are never taken."""
     best = ranking.sort(dim=1, descending=True)
     place = torch.arange(ranking.shape[1], device=ranking.device)
     taken = (place < counts[:, None]) & ~best.values.isneginf()
-    row_ids = torch.arange(ranking.shape[0], device=ranking.device)[:, None].expand_as(taken)
-    return row_ids[taken], best.indices[taken]
+    row_ids, place = taken.nonzero().unbind(1)
+    return row_ids, best.indices[row_ids, place]
 
 
 def list_sizes(n_slices: int, n_pages: int, n_heads: int, pool: Pool) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from streams import ar1, filled, steps, stream, watch_selections
 from torch.testing import assert_close
 
 from kvoffload.attention.decode import decode
+from kvoffload.policies import retro
 from kvoffload.selection.bounds import BoundsSelectorConfig
 from kvoffload.selection.topk import take_best
 from kvoffload.values import Pages, query_rows
@@ -118,6 +119,15 @@ def test_no_page_is_read_that_the_base_policy_does_not_read(completion):
     assert layer.meter.written == plain.meter.written
 
 
+@pytest.mark.parametrize("window", [2, WINDOW])
+def test_what_is_new_to_any_row_is_attended_to_at_once(window, monkeypatch):
+    layer, given = built(f"retro:window={window}", completion="anchored")
+    calls, attend = [], retro.attend_slices
+    monkeypatch.setattr(retro, "attend_slices", lambda *args: calls.append(args) or attend(*args))
+    revised(layer, given, N_PROMPT, N_NEW, window)
+    assert len(calls) == N_NEW
+
+
 def test_values_behind_a_row_never_reach_it():
     outputs = []
     for poison in (0.0, 1e6):
@@ -173,16 +183,12 @@ def test_exposure_of_the_runtimes_rows_is_that_of_their_selections():
     layer, given = built(rho=0.97)
     seen = watch_selections(layer)
     revised(layer, given, N_PROMPT, N_NEW)
-    oldest = layer.reading._rows[0]
-    loaded = {
-        pair
-        for s in seen[-len(layer.reading._rows) :]
-        for pair in zip(s.row_ids.tolist(), s.page_ids.tolist(), strict=True)
-    }
-    sealed = layer.n_pages - (N_PROMPT + N_NEW - len(layer.reading._rows) + 1 - 12) // 4
+    oldest, n = layer.reading._kept.seen[:, 0], layer.reading._kept.n_tokens
+    loaded = {pair for s in seen[-n:] for pair in zip(s.row_ids.tolist(), s.page_ids.tolist(), strict=True)}
+    sealed = layer.n_pages - (N_PROMPT + N_NEW - n + 1 - 12) // 4
     rows = {(row, layer.n_pages - 1 - i) for row in range(2) for i in range(max(sealed, 0))}
-    assert {tuple(pair) for pair in oldest.seen.nonzero().tolist()} == loaded | rows
-    assert int(oldest.seen.sum()) > len(seen[-1])
+    assert {tuple(pair) for pair in oldest.nonzero().tolist()} == loaded | rows
+    assert int(oldest.sum()) > len(seen[-1])
 
 
 def test_held_slices_are_resident_only_beside_a_completion():

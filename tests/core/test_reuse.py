@@ -78,7 +78,7 @@ def test_dilated_sets_keep_nine_tenths_of_the_oracles_mass_and_beat_random_extra
     for start in range(0, 200, 8):
         shares = masses_of(queries[start], keys)
         row_ids, page_ids = take_best(shares, counts)
-        dilated = dilation.dilate(shares, row_ids, page_ids, counts)
+        dilated = take_best(dilation.dilated(shares, counts), counts)
         n_extra = len(pairs(*dilated) - pairs(row_ids, page_ids))
         for query in queries[start + 1 : start + 8]:
             passed = gate.passes(query, queries[start])
@@ -187,6 +187,29 @@ def test_rows_that_fail_are_scored_anew_and_the_others_keep_their_pages():
     assert layer.meter.scored_rows == 3
 
 
+@pytest.mark.parametrize("policy", ["prhs:block=6", "prhs:block=5,anchors=2", "hshare", "tokenselect:tau=0.8"])
+def test_sequences_side_by_side_choose_as_alone(policy):
+    """Also where one begins a block because none of its rows passed, in the middle of another's."""
+    shape = geometry(n_sequences=2)
+    query, keys, values = stream(shape, N_PROMPT + N_NEW, rho=0.995)
+    query = query.clone()
+    for turn in (3, 11, 26):
+        query[:2, :, N_PROMPT + turn :] *= -1
+    fields = {"selector": "exact", "completion": "none", "policy": policy}
+    both = filled(shape, (query, keys, values), N_PROMPT, **fields)
+    seen, n_scored = watch_selections(both), 0
+    steps(both, (query, keys, values), N_PROMPT, N_NEW)
+    for first in (0, 2):
+        given = query[first : first + 2], keys[first : first + 2], values[first : first + 2]
+        alone = filled(geometry(), given, N_PROMPT, **fields)
+        mine = watch_selections(alone)
+        steps(alone, given, N_PROMPT, N_NEW)
+        n_scored += alone.meter.scored_rows
+        for theirs, own in zip(seen, mine, strict=True):
+            assert {(r - first, p) for r, p in pairs_of(theirs) if r // 2 == first // 2} == pairs_of(own)
+    assert both.meter.scored_rows == n_scored
+
+
 def test_a_common_bias_makes_queries_alike_unless_they_are_centred():
     shape = geometry(group_size=1)
     query, keys, values = stream(shape, N_PROMPT + N_NEW, rho=0.0)
@@ -221,8 +244,8 @@ def test_with_several_anchors_a_query_that_comes_back_is_not_scored_again():
 
 def test_an_inherited_selection_holds_the_best_hits_and_their_neighbours():
     ranking = torch.tensor([[9.0, 1, 2, 3, 8, 4, 5, 7, 6, 0]])
-    row_ids, page_ids = take_best(ranking, torch.tensor([6]))
-    _, dilated = Dilation(1 / 3, 1).dilate(ranking, row_ids, page_ids, torch.tensor([6]))
+    page_ids = take_best(ranking, torch.tensor([6]))[1]
+    _, dilated = take_best(Dilation(1 / 3, 1).dilated(ranking, torch.tensor([6])), torch.tensor([6]))
     assert set(page_ids.tolist()) == {0, 4, 7, 8, 6, 5}
     assert set(dilated.tolist()) == {0, 4, 1, 3, 5, 7}  # the best two, beside them 1, 3 and 5, and the best of the rest
 
