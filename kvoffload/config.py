@@ -143,6 +143,7 @@ class RuntimeConfig(BaseModel):
     policy: PoliciesField = ()
     max_dropped_mass: OptionalShare = None
     dropped_mass_cap: BudgetField = Field(default="25%", validate_default=True)
+    dropped_mass_misses: OptionalShare = None
     audit: Annotated[Annotated[int, Field(ge=1)] | None, *_word_for_none("off")] = None
     gate: bool = False
     gate_queries: int = Field(default=64, ge=1, le=256)
@@ -203,6 +204,11 @@ class RuntimeConfig(BaseModel):
             raise ValueError(
                 f"max_dropped_mass: {self.max_dropped_mass} needs one completion that estimates the mass of what is "
                 "not read, not none and not a gate that may abstain"
+            )
+        if self.dropped_mass_misses is not None and (self.max_dropped_mass is None or self.audit is None):
+            raise ValueError(
+                f"dropped_mass_misses: {self.dropped_mass_misses} is learned from audits of a target: give "
+                "--max-dropped-mass and --audit too"
             )
         needing = [config.kind for config in self.completion if config.needs_index]
         if needing and not self.selector.has_index:

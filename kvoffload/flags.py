@@ -71,6 +71,11 @@ MaxDroppedMass = Annotated[
 DroppedMassCap = Annotated[
     str | None, flag("--dropped-mass-cap", help="Most that a step may read for that.", default="25%")
 ]
+DroppedMassMisses = Annotated[
+    str | None,
+    flag("--dropped-mass-misses", help="Learn from audits how far to read on, so that a head misses the target in at "
+         "most this share of them; or off.", default="off"),
+]  # fmt: skip
 Audit = Annotated[
     str | None,
     flag("--audit", help="Measure the dropped mass with a full read every so many steps; or off.", default="off"),

@@ -22,7 +22,7 @@ from kvoffload.completion.gated import GatedCompletion
 from kvoffload.config import RuntimeConfig
 from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
-from kvoffload.policies.accuracy import Audit, BoundedMass
+from kvoffload.policies.accuracy import Audit, BoundedMass, Margin
 from kvoffload.policies.base import Depth, Policy
 from kvoffload.selection.topk import HeadBounds
 from kvoffload.units import Budget
@@ -110,14 +110,17 @@ def build_layer(
         completion=build_completion if completion.uses_anchor else None,
     )
     cache.upkeep = tuple(_upkeep(config, gate, rebuild))
+    margin = None
     if config.max_dropped_mass is not None:
+        if config.dropped_mass_misses is not None:
+            margin = Margin(config.max_dropped_mass, config.dropped_mass_misses)
         cap = budget.spending(config.dropped_mass_cap)
-        cache.reading = BoundedMass(cache.reading, config.max_dropped_mass, cap)
+        cache.reading = BoundedMass(cache.reading, config.max_dropped_mass, cap, margin)
     given = [policy.build() for policy in config.policy] if policies is None else policies
     for policy in sorted(given, key=lambda policy: not policy.replaces_chooser):
         policy.attach(cache, Depth(layer, n_layers))
     if config.audit is not None:
-        cache.reading = Audit(cache.reading, config.audit)
+        cache.reading = Audit(cache.reading, config.audit, margin)
     return cache
 
 

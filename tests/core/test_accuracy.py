@@ -8,17 +8,18 @@ from pydantic import ValidationError
 from streams import filled, steps, stream
 
 from kvoffload.config import RuntimeConfig
+from kvoffload.policies.accuracy import Margin
 from kvoffload.runtime.stats import Audited
 
 N_PROMPT, N_NEW = 300, 16
 BASE = {"selector": "quantized:bits=4", "completion": "index_mass", "audit": 1}
 
 
-def run(rho=0.9, shape=None, **fields):
+def run(rho=0.9, shape=None, n=N_NEW, **fields):
     shape = shape or geometry()
-    given = stream(shape, N_PROMPT + N_NEW, rho=rho)
+    given = stream(shape, N_PROMPT + n, rho=rho)
     layer = filled(shape, given, N_PROMPT, **(BASE | fields))
-    return steps(layer, given, N_PROMPT, N_NEW), layer
+    return steps(layer, given, N_PROMPT, n), layer
 
 
 def dropped(layer):
@@ -115,11 +116,46 @@ def test_several_queries_read_on_as_single_steps_do():
         ({"max_dropped_mass": 0.02, "gate": True}, "needs one completion"),
         ({"max_dropped_mass": 1.5}, "less than 1"),
         ({"audit": 0}, "greater than or equal to 1"),
+        ({"audit": 4, "dropped_mass_misses": 0.05}, "give --max-dropped-mass"),
+        ({"max_dropped_mass": 0.02, "dropped_mass_misses": 0.05}, "and --audit"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields, told):
     with pytest.raises(ValidationError, match=told):
         RuntimeConfig(**fields)
+
+
+def test_a_margin_settles_where_the_target_is_missed_as_often_as_allowed():
+    """An estimate that is too low by a head's own factor, as audits find it."""
+    generator = torch.Generator().manual_seed(0)
+    too_low, margin = torch.tensor([[0.0, 0.7], [2.0, 5.0]]), Margin(0.1, 0.05)
+    missed = []
+    for _ in range(2000):
+        real = 0.1 * (too_low + 0.3 * torch.randn(2, 2, generator=generator) - margin.added(torch.zeros(2, 2))).exp()
+        missed.append(real > 0.1)
+        margin.learn(real)
+    assert torch.stack(missed).float().mean(0).max() <= 0.06
+    assert (margin.nats.diff() > 0.3).all()
+
+
+def test_audits_teach_a_bad_estimate_to_hold_the_target():
+    """A mean key has at most the mean mass, so means of pages underestimate."""
+    held = []
+    for misses in ("off", 0.05):
+        fields = {"max_dropped_mass": 0.05, "dropped_mass_cap": "100%", "budget": "3%", "dropped_mass_misses": misses}
+        _, layer = run(completion="page_mean", selector="exact", n=60, **fields)
+        held.append(float((dropped(layer)[20:] <= 0.05).float().mean()))
+    assert held[0] < 0.6
+    assert held[1] > 0.85
+
+
+def test_audits_that_teach_are_reads_of_the_decode():
+    fields = {"max_dropped_mass": 0.999, "budget": "3%"}
+    (given, plain), (same, taught) = run(**fields), run(**fields, dropped_mass_misses=0.05)
+    assert torch.equal(given, same)  # nothing is missed
+    audits = plain.fetch.prefill.total().cpu - taught.fetch.prefill.total().cpu
+    assert taught.fetch.decode.total().cpu - plain.fetch.decode.total().cpu == audits > 0
+    assert taught.run_length(8) == 1 < plain.run_length(8)
 
 
 def test_padding_counts_in_no_audit():
