@@ -18,7 +18,7 @@ from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.reading import Read, Reading, WrapperReading
 from kvoffload.attention.stream import stream
 from kvoffload.buffers import page_mask
-from kvoffload.cache.fetch import Traffic
+from kvoffload.cache.arrived import Traffic
 from kvoffload.selection.topk import take_best
 from kvoffload.values import Fetched, Partial, Selection, by_row, merge
 

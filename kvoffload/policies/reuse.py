@@ -54,7 +54,8 @@ class QueryGate:
 class LogitGate:
     """Whether logits have moved little enough since an earlier query: by at most ``nats``, root mean square over the
     keys of the recent window (less what moves all of them alike) and the heads of ``shared_rows`` rows in a row. It
-    means the same for every model and head, where cosines do not, and window keys are on the device anyway."""
+    means the same for every model and head, where cosines do not, and window keys are on the device anyway. At equal
+    scorings it loses less of the mass than a cosine on Qwen2.5-Coder, not less KL as far as was measured."""
 
     nats: float
     centred = False
@@ -70,13 +71,15 @@ class LogitGate:
         counted[:, : layer.anchors.n_sinks] = 0
         n_keys = counted.sum(1, keepdim=True).clamp_min(1)
         centred = (keys - (keys * counted).sum(1, keepdim=True) / n_keys) * counted / n_keys.sqrt()
-        return (queries.flatten(1, -2) @ centred.mT).unflatten(1, queries.shape[1:-1])
+        logits: Tensor = (queries.flatten(1, -2) @ centred.mT).unflatten(1, queries.shape[1:-1])
+        return logits
 
     def nearness(self, query: Tensor, anchors: Tensor, *, shared_rows: int = 1) -> Tensor:
         """As QueryGate's, of views: the movement in nats times -1."""
         moved = (query[:, None] - anchors).square().sum(-1)
         near = -moved.unflatten(0, (-1, shared_rows)).mean((1, 3)).sqrt()
-        return near.repeat_interleave(shared_rows, 0)
+        by_row: Tensor = near.repeat_interleave(shared_rows, 0)
+        return by_row
 
 
 @dataclass(frozen=True)
