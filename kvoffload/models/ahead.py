@@ -13,6 +13,8 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from kvoffload.models.compiled import run
+from kvoffload.models.joined import queries_alone
 from kvoffload.models.tagged import AttendingLayer
 from kvoffload.values import Partial
 
@@ -91,8 +93,10 @@ class _Watch:
         return hidden + (attended if self._factor == 1 else attended * self._factor)
 
     def _queries(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        given = kwargs | {"hidden_states": run(self._norm, hidden), "past_key_values": _Probe()}
         try:
-            self._attention(**kwargs | {"hidden_states": self._norm(hidden), "past_key_values": _Probe()})
+            with queries_alone(self._attention):
+                self._attention(**given)
         except _Asked as asked:
             return asked.query
         raise AssertionError("an attention module that asks no cache has none of its layers in it")

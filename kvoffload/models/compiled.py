@@ -61,6 +61,7 @@ class _Local(threading.local):
 
     active = compiles = False
     call: _Call | None = None
+    pieces: dict[Any, "_Piece"] = {}  # noqa: RUF012 - never changed in place
 
 
 _LOCAL = _Local()
@@ -187,11 +188,11 @@ class Glue:
                 undo.enter_context(torch.compiler.set_stance("eager_on_recompile"))
             self._install(undo)
             joints = self._join(undo)
-            _LOCAL.active, _LOCAL.compiles = True, not captured
+            _LOCAL.active, _LOCAL.compiles, _LOCAL.pieces = True, not captured, self._pieces
             try:
                 yield
             finally:
-                _LOCAL.active = _LOCAL.compiles = False
+                _LOCAL.active, _LOCAL.compiles, _LOCAL.pieces = False, False, {}
                 self._apart |= {cls for cls, joint in joints if joint.is_unfinished}
                 if _n_graphs() > before:
                     self.seconds += time.perf_counter() - started
@@ -277,6 +278,13 @@ def glue_of(model: Any, compile: str) -> Glue | None:
 def fused(glue: Glue | None) -> AbstractContextManager[None]:
     """Inside this block the model is compiled as far as there is glue for it."""
     return nullcontext() if glue is None else glue.step()
+
+
+def run(module: nn.Module, x: Tensor) -> Tensor:
+    """A module's forward, compiled where this step has compiled others of its class."""
+    piece = _LOCAL.pieces.get(type(module))
+    given: Tensor = module(x) if piece is None or isinstance(piece, _Layer) else piece(module, x)
+    return given
 
 
 def _is_captured() -> bool:

@@ -8,6 +8,8 @@ moved since, and only steps that put a joint's parts in the place of its layers'
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MethodType
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name torch's own documentation uses
@@ -83,6 +85,40 @@ def find_joints(module: nn.Module) -> Iterator[Joint]:
             yield Joint(layers, *spans)
 
 
+@contextmanager
+def queries_alone(attention: nn.Module) -> Iterator[None]:
+    """Inside this block an attention module's queries are a product of their own, and its keys and values, which nobody
+    will read, are zeros. Where their layers are not torch's own or are hooked, nothing is changed."""
+    children = dict(attention.named_children())
+    layers = [layer for name in _GROUPS[0] if type(layer := children.get(name)) is nn.Linear and not _is_hooked(layer)]
+    before = [vars(layer).get("forward") for layer in layers]
+    with ExitStack() as undo:
+        if len(layers) == len(_GROUPS[0]) and all(given is None or _is_part(given) for given in before):
+            for layer, given, forward in zip(layers, before, (nn.Linear.forward, _zeros, _zeros), strict=True):
+                undo.callback(_put_back, layer, given)
+                vars(layer)["forward"] = MethodType(forward, layer)
+        yield
+
+
+def _put_back(layer: nn.Module, forward: object) -> None:
+    if forward is None:
+        del vars(layer)["forward"]
+    else:
+        vars(layer)["forward"] = forward
+
+
+def _is_part(forward: object) -> bool:
+    return isinstance(getattr(forward, "__self__", None), Part)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _zeros(layer: nn.Linear, x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(*x.shape[:-1], layer.out_features)
+
+
 def _groups(module: nn.Module) -> Iterator[list[nn.Linear]]:
     children = dict(module.named_children())
     for names in _GROUPS:
@@ -101,7 +137,7 @@ def _parameters(layers: Sequence[nn.Linear]) -> list[list[Tensor]]:
 
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether this is torch's own layer with weights of its own, called by nobody else's hooks."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    hooked = _is_hooked(layer) or "forward" in vars(layer)
     return type(layer) is nn.Linear and not hooked and all(map(_is_dense, layer.parameters()))
 
 
