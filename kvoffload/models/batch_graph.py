@@ -36,7 +36,10 @@ class BatchSteps(Replayed):
     ) -> None:  # fmt: skip
         super().__init__(capture)
         self._model, self._capture, self._room_tokens, self._glue = model, capture, room_tokens, glue
-        self._branches = tuple(torch.cuda.Stream(model.device) for _ in range(n_branches if n_branches > 1 else 0))
+        self._branches = tuple(
+            torch.cuda.Stream(model.device)
+            for _ in range(n_branches if n_branches > 1 and model.device.type == "cuda" else 0)
+        )
         self._fixed: WeakKeyDictionary[OffloadCache, FixedSteps] = WeakKeyDictionary()
         self._numbers: WeakKeyDictionary[OffloadCache, int] = WeakKeyDictionary()  # an id would come again
         self._count = count()
