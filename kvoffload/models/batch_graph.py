@@ -31,7 +31,7 @@ class BatchSteps(Replayed):
     operations are compiled."""
 
     def __init__(
-        self, model: Any, capture: Capture | None, *, room_tokens: int = ROOM_TOKENS, n_branches: int = 1,
+        self, model: Any, capture: Capture | None, *, room_tokens: int = ROOM_TOKENS, n_branches: int = 8,
         glue: Glue | None = None,
     ) -> None:  # fmt: skip
         super().__init__(capture)

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
 from kvoffload.policies.base import Depth, Freezing, Policy, PolicyConfigBase
-from kvoffload.policies.reuse import Dilation, LogitGate, QueryGate, Reusing
+from kvoffload.policies.reuse import Dilation, QueryGate, Reusing
 
 
 class PrhsPolicyConfig(PolicyConfigBase):
-    """CIS: blocks of ``block`` steps, gate ``tau`` (of ``centred`` queries: see QueryGate; with ``nats`` LogitGate
-    instead, which is ours), ``anchors`` scored queries kept of each head (1 as in the paper; with more, a head inherits
-    from the most similar one), the best ``hits`` of the pages dilated by ``reach`` pages. The paper dilates the best
-    third of the tokens by one: one in eight of those lies at an edge of its page of 16.
+    """CIS: blocks of ``block`` steps, gate ``tau`` (of ``centred`` queries: see QueryGate), ``anchors`` scored queries
+    kept of each head (1 as in the paper; with more, a head inherits from the most similar one), the best ``hits`` of
+    the pages dilated by ``reach`` pages. The paper dilates the best third of the tokens by one: one in eight of those
+    lies at an edge of its page of 16.
 
     PSAW: from layer ``window_from`` on (counted from 1; 0 is off), keeping ``window_keep`` (phi) ^ ``window_power``
     (alpha) of the context in the last layer. ETF: the same with ``freeze_*`` (psi, gamma), freezing hidden states or
@@ -35,7 +35,6 @@ class PrhsPolicyConfig(PolicyConfigBase):
     block: int = Field(16, ge=1)
     tau: float = Field(0.8, ge=-1, le=1)
     centred: bool = False
-    nats: float | None = Field(None, gt=0)
     anchors: int = Field(1, ge=1, le=256)
     hits: float = Field(1 / 24, ge=0, le=1)
     reach: int = Field(1, ge=0)
@@ -66,7 +65,7 @@ class Prhs(Policy):
             layer.chooser = Reusing(
                 layer.chooser,
                 block=config.block,
-                gate=QueryGate(config.tau, centred=config.centred) if config.nats is None else LogitGate(config.nats),
+                gate=QueryGate(config.tau, centred=config.centred),
                 dilation=dilation,
                 n_anchors=config.anchors,
             )

@@ -29,10 +29,6 @@ class QueryGate:
     norm_ratio: float | None = None
     centred: bool = False
 
-    def view(self, layer: LayerCache, queries: Tensor) -> Tensor:
-        """What queries [rows, ..., D] are compared by."""
-        return queries
-
     def nearness(self, query: Tensor, anchors: Tensor, *, shared_rows: int = 1) -> Tensor:
         """Mean cosines of queries [rows, R, D] with each of A earlier ones [rows, A, R, D], fp32 [rows, A]; -inf where
         a norm has changed too much."""
@@ -48,38 +44,6 @@ class QueryGate:
     def passes(self, query: Tensor, anchor: Tensor, *, shared_rows: int = 1) -> Tensor:
         """Queries [rows, R, D] against one earlier one each, bool [rows]."""
         return self.nearness(query, anchor[:, None], shared_rows=shared_rows)[:, 0] > self.tau
-
-
-@dataclass(frozen=True)
-class LogitGate:
-    """Whether logits have moved little enough since an earlier query: by at most ``nats``, root mean square over the
-    keys of the recent window (less what moves all of them alike) and the heads of ``shared_rows`` rows in a row. It
-    means the same for every model and head, where cosines do not, and window keys are on the device anyway. At equal
-    scorings it loses less of the mass than a cosine on Qwen2.5-Coder, not less KL as far as was measured."""
-
-    nats: float
-    centred = False
-
-    @property
-    def tau(self) -> float:
-        return -self.nats
-
-    def view(self, layer: LayerCache, queries: Tensor) -> Tensor:
-        """Logits of the window's n keys less their mean, by the square root of n: [rows, ..., D] to [rows, ..., A], 0
-        for anchor places that are not of it."""
-        keys, counted = layer.anchors.keys.float(), layer.anchors.valid()[..., None].float()
-        counted[:, : layer.anchors.n_sinks] = 0
-        n_keys = counted.sum(1, keepdim=True).clamp_min(1)
-        centred = (keys - (keys * counted).sum(1, keepdim=True) / n_keys) * counted / n_keys.sqrt()
-        logits: Tensor = (queries.flatten(1, -2) @ centred.mT).unflatten(1, queries.shape[1:-1])
-        return logits
-
-    def nearness(self, query: Tensor, anchors: Tensor, *, shared_rows: int = 1) -> Tensor:
-        """As QueryGate's, of views: the movement in nats times -1."""
-        moved = (query[:, None] - anchors).square().sum(-1)
-        near = -moved.unflatten(0, (-1, shared_rows)).mean((1, 3)).sqrt()
-        by_row: Tensor = near.repeat_interleave(shared_rows, 0)
-        return by_row
 
 
 @dataclass(frozen=True)
@@ -127,7 +91,7 @@ class Reusing(Chooser):
         inner: Chooser,
         *,
         block: int | None,
-        gate: QueryGate | LogitGate | None,
+        gate: QueryGate | None,
         dilation: Dilation | None = None,
         shared_rows: int = 1,
         n_anchors: int = 1,
@@ -162,7 +126,7 @@ class Reusing(Chooser):
         self._add_to_mean(query)
         if self._anchors is None:
             return self._begin(layer, query, anchor_lse)
-        failed, nearest = self._nearest(layer, query, self._anchors)
+        failed, nearest = self._nearest(query, self._anchors)
         n_failed = self._note(failed)
         if sum(n_failed) == rows:
             return self._begin(layer, query, anchor_lse)
@@ -200,14 +164,13 @@ class Reusing(Chooser):
         self._counts = torch.where(begins, selection.row_ids.bincount(minlength=rows), self._counts)
         return scores
 
-    def _nearest(self, layer: LayerCache, query: Tensor, anchors: "_Anchors") -> tuple[Tensor, Tensor]:
+    def _nearest(self, query: Tensor, anchors: "_Anchors") -> tuple[Tensor, Tensor]:
         """Which rows must be scored anew, bool [rows], and each row's nearest anchor, int64 [rows]."""
         failed, nearest = (torch.zeros(query.shape[0], dtype=t, device=query.device) for t in (torch.bool, torch.int64))
         if self._gate is not None:
             earlier = anchors.queries
             if self._gate.centred:
                 query, earlier = query - self._mean, earlier - self._mean[:, None]
-            query, earlier = self._gate.view(layer, query), self._gate.view(layer, earlier)
             nearness, nearest = self._gate.nearness(query, earlier, shared_rows=self._shared_rows).max(1)
             failed = nearness <= self._gate.tau
         if self._stale is not None:

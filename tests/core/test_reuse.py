@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from kvoffload.policies.base import Depth
 from kvoffload.policies.hshare import pair_heads
 from kvoffload.policies.prhs import first_position
-from kvoffload.policies.reuse import Dilation, LogitGate, QueryGate, Reusing
+from kvoffload.policies.reuse import Dilation, QueryGate, Reusing
 from kvoffload.policies.tokenselect import Votes
 from kvoffload.selection.topk import take_best
 
@@ -187,9 +187,7 @@ def test_rows_that_fail_are_scored_anew_and_the_others_keep_their_pages():
     assert layer.meter.scored_rows == 3
 
 
-@pytest.mark.parametrize(
-    "policy", ["prhs:block=6", "prhs:block=5,anchors=2", "prhs:nats=1.5", "hshare", "tokenselect:tau=0.8"]
-)
+@pytest.mark.parametrize("policy", ["prhs:block=6", "prhs:block=5,anchors=2", "hshare", "tokenselect:tau=0.8"])
 def test_sequences_side_by_side_choose_as_alone(policy):
     """Also where one begins a block because none of its rows passed, in the middle of another's."""
     shape = geometry(n_sequences=2)
@@ -224,35 +222,6 @@ def test_a_common_bias_makes_queries_alike_unless_they_are_centred():
         scored[name] = layer.meter.scored_rows
     assert scored["raw"] == shape.rows
     assert scored["centred"] > 0.9 * shape.rows * N_NEW
-
-
-def test_nats_are_what_logits_of_the_window_move():
-    shape = geometry()
-    given = stream(shape, N_PROMPT + N_NEW)
-    layer = filled(shape, given, N_PROMPT + 5, selector="exact", completion="none")
-    window = layer.anchors.in_order(layer.anchors.keys)[1]
-    query, earlier = given[0][:, :, N_PROMPT], given[0][:, :, N_PROMPT - 9]
-    logits = torch.einsum("grd,gnd->grn", query - earlier, window)
-    expected = logits.var(-1, correction=0).mean(1).sqrt()
-    gate = LogitGate(1.0)
-    found = -gate.nearness(gate.view(layer, query), gate.view(layer, earlier[:, None]))[:, 0]
-    assert_close(found, expected)
-
-
-def test_what_moves_all_logits_alike_does_not_open_the_gate():
-    """A bias of the queries along which all keys are equal."""
-    shape = geometry(group_size=1)
-    query, keys, values = stream(shape, N_PROMPT + N_NEW, rho=1.0)
-    query, keys = query.clone(), keys.clone()
-    keys[..., 0] = 1.0
-    query[:, :, N_PROMPT + 1 :: 2, 0] += 100.0
-    scored = []
-    for gate in ("tau=0.9", "nats=0.1"):
-        policy = f"prhs:block=1000,{gate}"
-        layer = filled(shape, (query, keys, values), N_PROMPT, selector="exact", completion="none", policy=policy)
-        steps(layer, (query, keys, values), N_PROMPT, N_NEW)
-        scored.append(layer.meter.scored_rows)
-    assert scored == [N_NEW * shape.rows, shape.rows]
 
 
 def test_with_several_anchors_a_query_that_comes_back_is_not_scored_again():
