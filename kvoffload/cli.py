@@ -1,9 +1,11 @@
 """The command line: flags and exit codes, no logic. Everything heavy is imported inside the commands.
 
-Exit codes: 0 done, 1 failure, 2 bad input, 3 out of room (disk, memory, a cap), 4 bytes came back damaged, 130 Ctrl-C.
+Exit codes: 0 done, 1 failure, 2 bad input, 3 out of room (disk, memory, descriptors, a cap), 4 bytes came back damaged,
+130 Ctrl-C.
 Every flag defaults to None, so that a flag which was not given leaves the environment and the file in force.
 """
 
+import errno
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,7 +23,8 @@ from kvoffload.harness import flags as harness_flags
 from kvoffload.models.parallel import check_alone, find_ranks
 from kvoffload.server import flags as server_flags
 
-_STORAGE_CODES = {"CapacityError": 3, "IntegrityError": 4}
+_STORAGE_CODES = {"CapacityError": 3, "IntegrityError": 4, "UnavailableError": 2}
+_SYSTEM_CODES = {errno.EACCES: 2, errno.EPERM: 2, errno.EROFS: 2, errno.EMFILE: 3, errno.ENFILE: 3, errno.ENOSPC: 3}
 
 app = typer.Typer(
     name="kvoffload",
@@ -261,7 +264,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KvoffloadError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), _SYSTEM_CODES.get(error.errno or 0, 1))
     except _storage_error() as error:
         return _fail(str(error), _STORAGE_CODES.get(type(error).__name__, 1))
 

@@ -87,7 +87,7 @@ def import_(archive: Annotated[Path, typer.Argument(metavar="IN.tar", show_defau
 
 @app.command()
 def upgrade(files: Files) -> None:
-    """Write sessions anew in the present format. All pages in one piece."""
+    """Verify sessions and write them anew, all pages in one piece. (There is one format so far: version 1.)"""
     from kvoffload.runtime import session_command
 
     raise typer.Exit(session_command.run_upgrade(files, sys.stdout))

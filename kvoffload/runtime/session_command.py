@@ -17,7 +17,7 @@ from kvoffload_storage.bundle import (
     save_bundle,
 )
 from kvoffload_storage.bundle_check import damaged_pages
-from kvoffload_storage.bundle_format import Manifest
+from kvoffload_storage.bundle_format import VERSION, Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
 from kvoffload_storage.locks import sweep
 from kvoffload_storage.rewrite import rewrite_bundle
@@ -77,8 +77,8 @@ def run_rm(paths: Sequence[Path], out: TextIO) -> int:
 
 
 def run_upgrade(paths: Sequence[Path], out: TextIO) -> int:
-    """Write sessions anew in the present format and in one piece."""
-    return _each(paths, rewrite_bundle, "rewritten as format version 1", out)
+    """Verify sessions and write them anew in one piece; there is no older format to come from yet."""
+    return _each(paths, rewrite_bundle, f"rewritten in one piece, format version {VERSION}", out)
 
 
 def run_pin(paths: Sequence[Path], out: TextIO, *, pinned: bool) -> int:
@@ -155,8 +155,10 @@ def _summary(path: Path) -> dict[str, Any]:
     try:
         manifest = read_manifest(path)
         description = describe(manifest.session, path)
-    except (IntegrityError, UnavailableError) as error:
+    except IntegrityError as error:
         return {**row, "state": f"damaged: {error}"}
+    except UnavailableError as error:
+        return {**row, "state": f"unusable: {error}"}
     state = "prefill not finished" if description.unfinished else "complete"
     return {
         **row,

@@ -27,7 +27,7 @@ from .disk import reads_directly
 from .errors import IntegrityError, UnavailableError
 from .format import Checksums, checksum, decode_checksums, encode_checksums, layer_file_name
 from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_temporary, sweep
-from .page_file import PageFile, storage_error
+from .page_file import PageFile, storage_error, unusable
 from .private_files import read_checked, read_private, sync_folder, write_private
 from .segments import Sealed, Segment, same_file
 
@@ -105,7 +105,7 @@ def lock_bundle(path: Path) -> FolderLock:
     try:
         lock = FolderLock.take(path)
     except OSError as error:
-        raise UnavailableError(f"{path}: cannot be locked: {error.strerror}") from error
+        raise unusable(error, path, what="cannot be locked") from error
     if lock is None:
         raise UnavailableError(f"{path}: another process is writing to this session")
     return lock

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import IntegrityError
+from .errors import IntegrityError, UnavailableError
 from .format import MAX_LAYERS, MAX_PAGES, MAX_SLICE_BYTES, MAX_SLICES
 from .store import StoreShape
 
@@ -34,6 +34,15 @@ class SegmentEntry(_Part):
 
     folder: Annotated[str, Field(pattern=r"^pages-[0-9a-f]{16}$")]
     n_pages: tuple[PageCount, ...]
+
+
+class _Opening(BaseModel):
+    """What the manifests of all versions have."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal["kvoffload-session"]
+    version: int
 
 
 class StoreEntry(_Part):
@@ -110,7 +119,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(data: bytes, *, name: str) -> Manifest:
-    """What a manifest says; IntegrityError that names the file and the value when FORMAT.md forbids it."""
+    """What a manifest says; IntegrityError that names the file and the value when FORMAT.md forbids it, and
+    UnavailableError when it is whole, but of another version of the format."""
     if len(data) > MANIFEST_MAX_BYTES:
         raise IntegrityError(f"{name}: {len(data):,} bytes, at most {MANIFEST_MAX_BYTES:,} allowed")
     line, tail = data[:-_CHECKSUM_LINE], data[-_CHECKSUM_LINE:]
@@ -119,6 +129,7 @@ def decode_manifest(data: bytes, *, name: str) -> Manifest:
         raise IntegrityError(f"{name}: checksum {tail.decode(errors='replace').strip()!r}, expected "
                              f"{expected.decode().strip()!r}")  # fmt: skip
     try:
+        _refuse_version(_Opening.model_validate_json(line).version, name)
         manifest = Manifest.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
@@ -132,6 +143,11 @@ def decode_manifest(data: bytes, *, name: str) -> Manifest:
     if manifest.checksums.n_bytes != (n_bytes := table_bytes(manifest)):
         raise IntegrityError(f"{name}: checksums has {manifest.checksums.n_bytes:,} bytes, expected {n_bytes:,}")
     return manifest
+
+
+def _refuse_version(version: int, name: str) -> None:
+    if version != VERSION:
+        raise UnavailableError(f"{name}: session format version {version}, this kvoffload reads version {VERSION}")
 
 
 def table_bytes(manifest: Manifest) -> int:

@@ -1,14 +1,12 @@
 """The folder of one file store: made with a unique name, locked while it is in use, removed in the end."""
 
-import errno
-import os
 import shutil
 import tempfile
 import weakref
 from pathlib import Path
 
-from .errors import CapacityError, UnavailableError
 from .locks import PAGES, FolderLock, make_locked, sweep
+from .page_file import unusable
 
 
 class StoreDirectory:
@@ -25,8 +23,7 @@ class StoreDirectory:
             sweep(where)
             self.path, lock = make_locked(where, PAGES)
         except OSError as error:
-            kind = CapacityError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UnavailableError
-            raise kind(f"{where}: cannot make a folder: {os.strerror(error.errno or 0)}") from error
+            raise unusable(error, where, what="cannot make a folder") from error
         self._remover = weakref.finalize(self, _remove_tree, self.path, lock)
 
     def remove(self) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 
 from .aligned import BLOCK_BYTES, aligned_empty
 from .engines import ReadBatch, build_engine
-from .errors import IntegrityError, StorageError, UnavailableError
+from .errors import IntegrityError, StorageError
 from .format import PageLayout
 from .locks import PAGES, temporary_folder
-from .page_file import PageFile, storage_error, write_all
+from .page_file import PageFile, storage_error, unusable, write_all
 from .plan import lone_reads
 from .private_files import read_private, write_private
 
@@ -45,7 +45,7 @@ def free_bytes(directory: Path) -> int:
     try:
         return shutil.disk_usage(directory).free
     except OSError as error:
-        raise UnavailableError(f"{directory}: {error.strerror}") from error
+        raise unusable(error, directory, what="free space is not known") from error
 
 
 def probe_direct(directory: Path) -> tuple[bool, str]:
@@ -54,7 +54,7 @@ def probe_direct(directory: Path) -> tuple[bool, str]:
         with tempfile.TemporaryDirectory(prefix="probe-", dir=directory) as folder:
             return _try_direct(Path(folder) / "probe")
     except OSError as error:
-        raise UnavailableError(f"{directory}: cannot be written: {error.strerror}") from error
+        raise unusable(error, directory, what="cannot be written") from error
 
 
 def reads_directly(file: Path) -> bool:

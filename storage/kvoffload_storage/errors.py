@@ -1,9 +1,9 @@
 """The errors of the storage package; each names the value and what was expected.
 
 StorageError
-├── CapacityError    no room: disk, host memory, locked-memory limit or a cap that the user set
+├── CapacityError    no room: disk, host memory, locked-memory limit, open files or a cap that the user set
 ├── IntegrityError   bytes came back that are not the bytes that were written
-└── UnavailableError a directory or feature that was asked for cannot be used
+└── UnavailableError a directory, file or feature that was asked for cannot be used, or is of another format version
 """
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .bundle_format import is_known
 from .errors import UnavailableError
+from .page_file import unusable
 
 PAGES, NEW, REMOVED = "kvoffload-pages-", "kvoffload-new-", "kvoffload-rm-"
 # As they are made; a session's name ends with .kvo.
@@ -55,9 +56,17 @@ def make_locked(parent: Path, prefix: str) -> tuple[Path, FolderLock]:
         except FileNotFoundError:  # a sweeper came between
             continue
         except OSError:
-            lock = FolderLock(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            lock = _without_locking(path)
         if lock is not None:
             return path, lock
+
+
+def _without_locking(path: Path) -> FolderLock:
+    try:
+        return FolderLock(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:  # not the file system, but no descriptor left
+        path.rmdir()
+        raise
 
 
 def refuse_temporary(path: Path) -> None:
@@ -91,7 +100,7 @@ def _temporary(parent: Path) -> list[str]:
     try:
         return [name for name in os.listdir(parent) if _TEMPORARY.fullmatch(name)]
     except OSError as error:
-        raise UnavailableError(f"{parent}: {error.strerror}") from error
+        raise unusable(error, parent, what="cannot be listed") from error
 
 
 @contextmanager

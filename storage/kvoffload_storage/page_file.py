@@ -2,15 +2,19 @@
 
 import errno
 import os
+import resource
 import shutil
 import weakref
 from pathlib import Path
 
 from .aligned import BLOCK_BYTES, aligned_empty
-from .errors import CapacityError, IntegrityError, StorageError
+from .errors import CapacityError, IntegrityError, StorageError, UnavailableError
 from .format import HEADER_BYTES, Header, PageLayout, decode_header, encode_header, layer_file_name, layout_of
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 class PageFile:
@@ -55,7 +59,7 @@ class PageFile:
         try:
             fd = os.open(path, _flags(direct) & ~os.O_RDWR | os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
-            raise IntegrityError(f"{path}: {os.strerror(error.errno or 0)}") from error
+            raise lost_file(error, path) from error
         file = cls(path, fd, layout_of(header.shape), direct=direct)
         block = aligned_empty(HEADER_BYTES).numpy()
         try:
@@ -71,7 +75,10 @@ class PageFile:
 
     def again(self) -> "PageFile":
         """The same open file through a descriptor of its own."""
-        return PageFile(self.path, os.dup(self.fd), self.layout, direct=self.direct)
+        try:
+            return PageFile(self.path, os.dup(self.fd), self.layout, direct=self.direct)
+        except OSError as error:
+            raise storage_error(error, self.path, 0) from error
 
     def allocate(self, n_pages: int) -> None:
         """Make room for ``n_pages`` in all; CapacityError, and the file as it was, when the disk has none."""
@@ -108,11 +115,29 @@ def write_all(fd: int, view: memoryview, offset: int) -> None:
 
 
 def storage_error(error: OSError, path: Path, n_bytes: int) -> StorageError:
-    """What a failed system call on ``path`` means: CapacityError when there was no room for ``n_bytes``."""
+    """What a failed system call on ``path`` means: CapacityError when there was no room for ``n_bytes`` or no file may
+    be opened any more, UnavailableError when it is not allowed."""
     if error.errno in _NO_SPACE:
         free = shutil.disk_usage(path.parent).free
         return CapacityError(f"{path}: no room for {n_bytes:,} bytes, {free:,} bytes free ({error.strerror})")
-    return StorageError(f"{path}: {error.strerror or error}")
+    if error.errno in _NO_DESCRIPTOR:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return CapacityError(f"{path}: {error.strerror} (this process may have {limit:,}, see `ulimit -n`)")
+    kind = UnavailableError if error.errno in _NOT_ALLOWED else StorageError
+    return kind(f"{path}: {error.strerror or error}")
+
+
+def lost_file(error: OSError, path: Path) -> StorageError:
+    """What it means that a file which a manifest names cannot be opened: IntegrityError when there is none."""
+    if error.errno in _NO_FILE:
+        return IntegrityError(f"{path}: {error.strerror}")
+    return storage_error(error, path, 0)
+
+
+def unusable(error: OSError, path: Path, *, what: str) -> StorageError:
+    """What it means that the user's ``path`` cannot be used so: UnavailableError unless there was no room."""
+    found = storage_error(error, path, 0)
+    return found if isinstance(found, CapacityError) else UnavailableError(f"{path}: {what}: {error.strerror}")
 
 
 def _flags(direct: bool) -> int:

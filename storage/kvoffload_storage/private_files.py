@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .errors import IntegrityError
 from .format import checksum
-from .page_file import storage_error, write_all
+from .page_file import lost_file, storage_error, write_all
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -25,8 +25,8 @@ def write_private(path: Path, data: bytes) -> None:
 
 
 def read_private(path: Path, max_bytes: int) -> bytes:
-    """The whole file; FileNotFoundError if there is none in such a folder, IntegrityError if it is longer, a link, or
-    cannot be read."""
+    """The whole file; FileNotFoundError if there is none in such a folder, IntegrityError if it is longer or no
+    file of its own."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except NotADirectoryError as error:
@@ -34,7 +34,7 @@ def read_private(path: Path, max_bytes: int) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise IntegrityError(f"{path}: {error.strerror}") from error
+        raise lost_file(error, path) from error
     try:
         size = os.fstat(fd).st_size
         if size > max_bytes:
@@ -42,7 +42,7 @@ def read_private(path: Path, max_bytes: int) -> bytes:
         with os.fdopen(os.dup(fd), "rb") as file:
             return file.read(max_bytes)
     except OSError as error:
-        raise IntegrityError(f"{path}: {error.strerror}") from error
+        raise lost_file(error, path) from error
     finally:
         os.close(fd)
 

@@ -1,5 +1,6 @@
 """The command line: help and imports, exit codes, one line for bad input, precedence, and real runs of ``tiny``."""
 
+import errno
 import io
 import json
 import os
@@ -306,7 +307,7 @@ def raising(error: BaseException) -> Any:
     return stream
 
 
-@pytest.mark.parametrize(("name", "code"), [("CapacityError", 3), ("IntegrityError", 4), ("UnavailableError", 1)])
+@pytest.mark.parametrize(("name", "code"), [("CapacityError", 3), ("IntegrityError", 4), ("UnavailableError", 2)])
 def test_storage_errors_have_exit_codes_and_leave_no_files(
     kvoffload: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, code: int
 ) -> None:
@@ -316,6 +317,16 @@ def test_storage_errors_have_exit_codes_and_leave_no_files(
     ran = kvoffload(*TINY, "-p", "x", "--offload", "nvme", "--nvme-dir", str(tmp_path), "--quiet")
     assert (ran.code, ran.err) == (code, "error: page 3 is bad\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EMFILE, 3), (errno.ENOSPC, 3), (errno.EIO, 1)])
+def test_what_the_system_refuses_has_the_exit_code_of_its_reason(
+    kvoffload: Any, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    monkeypatch.setattr(Session, "stream", raising(OSError(number, os.strerror(number), "some/file")))
+    ran = kvoffload(*TINY, "-p", "x", "--quiet")
+    assert ran.code == code
+    assert "some/file" in ran.err
 
 
 def test_ctrl_c_exits_with_130_after_the_session_is_closed(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from kvoffload_storage.bundle import read_manifest, replace_manifest
 from kvoffload_storage.disk import keep_read_unit
 
@@ -130,6 +131,24 @@ def test_a_damaged_manifest_ends_with_exit_code_4(run: Any, tmp_path: Path) -> N
     ran = run(*TINY, "--session", path, "-p", "x")
     assert (ran.code, ran.err.count("\n")) == (4, 1)
     assert "manifest.json: checksum" in ran.err
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["inspect", "verify", "rm", "pin", "upgrade", "export", "fork", "generate"])
+def test_a_session_of_another_version_is_refused_as_such(run: Any, tmp_path: Path, name: str) -> None:
+    path, line = tmp_path / "a.kvo", b'{"format":"kvoffload-session","version":2,"new":[]}'
+    path.mkdir()
+    (path / "manifest.json").write_bytes(line + f"\n{xxhash.xxh3_64_hexdigest(line)}\n".encode())
+    commands = {
+        "generate": [*TINY, "--session", path, "-p", "x"],
+        "export": ["session", "export", path, tmp_path / "x.tar"],
+        "fork": ["session", "fork", path, tmp_path / "b.kvo"],
+    }
+    ran = run(*commands.get(name, ["session", name, path]))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "session format version 2, this kvoffload reads version 1" in ran.err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.kvo"]
+    assert "unusable: " in run("session", "ls", tmp_path).out
 
 
 def test_export_import_fork_and_upgrade_keep_what_is_said(run: Any, session: Path, tmp_path: Path) -> None:

@@ -165,6 +165,46 @@ def test_a_damaged_session_is_refused_by_file(saved: Path, damage: Callable[[Pat
         open_bundle(saved)
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "state-", "checksums-", "layer-0001.kv"])
+@pytest.mark.parametrize(
+    ("number", "kind", "complaint"),
+    [
+        (errno.EMFILE, CapacityError, r"Too many open files \(.* may have [\d,]+, see"),
+        (errno.ENFILE, CapacityError, "Too many open files in system"),
+        (errno.EACCES, UnavailableError, "Permission denied"),
+        (errno.EIO, StorageError, "Input/output error"),
+    ],
+)
+def test_what_cannot_be_opened_is_not_called_damaged(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, file: str, number: int, kind: type[StorageError], complaint: str
+) -> None:
+    really_open = os.open
+
+    def refuse(path: str | Path, *args: int, **options: int) -> int:
+        if file in str(path):
+            raise OSError(number, os.strerror(number))
+        return really_open(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(kind, match=rf"{file}.*: {complaint}") as caught:
+        open_bundle(saved)
+    assert type(caught.value) is kind
+
+
+def test_a_folder_that_cannot_be_locked_for_want_of_descriptors_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CapacityError, match="Too many open files"):
+        FileStore(tmp_path, SHAPE)
+    with pytest.raises(CapacityError, match="Too many open files"):
+        lock_bundle(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["rename", "replace", "fsync", "fdatasync", "link"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_save_that_fails_leaves_the_last_one(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import xxhash
-from kvoffload_storage import IntegrityError, StoreShape
+from kvoffload_storage import IntegrityError, StoreShape, UnavailableError
 from kvoffload_storage.bundle_format import (
     ChecksumsEntry,
     Manifest,
@@ -121,8 +121,8 @@ def test_what_is_no_manifest_is_refused(raw: bytes) -> None:
     ("path", "value"),
     [
         ("format", "zip"),
-        ("version", 2),
         ("version", True),
+        ("version", "1"),
         ("pinned", 1),
         ("saved_at", "now"),
         ("saved_at", 1e300),
@@ -161,6 +161,15 @@ def test_a_hostile_manifest_is_refused(path: str, value: Any) -> None:
     inner[key] = value
     with pytest.raises(IntegrityError, match="m: "):
         decode_manifest(signed(json.dumps(fields).encode()), name="m")
+
+
+@pytest.mark.parametrize("version", [0, 2, 99])
+def test_another_version_is_no_damage(version: int) -> None:
+    line = LINE.replace(b'"version":1', f'"version":{version},"new":true'.encode())
+    with pytest.raises(UnavailableError, match=f"m: .*version {version}, .* version 1"):
+        decode_manifest(signed(line), name="m")
+    with pytest.raises(IntegrityError, match="checksum"):
+        decode_manifest(signed(LINE).replace(b'"version":1', b'"version":2'), name="m")
 
 
 def test_a_manifest_too_long_is_not_parsed() -> None:
