@@ -21,11 +21,11 @@ from kvoffload.runtime.session_file import (
     Description,
     Fingerprint,
     check_fingerprint,
-    decode_state,
     describe,
     encode_state,
     fingerprint_of,
     policy_of,
+    read_description,
     versions,
 )
 
@@ -166,10 +166,8 @@ def fill_with_prefix(session: "Session", bundle: Bundle, prompt: list[int]) -> i
 
 def _read_state(session: "Session", bundle: Bundle) -> tuple[Description, dict[str, Tensor]]:
     """What a session file says beside its pages, if it fits the session's model and settings."""
-    name = bundle.path / bundle.manifest.state.file
-    description = describe(bundle.manifest.session, bundle.path)
+    description, tensors = read_description(bundle)
     check_fingerprint(bundle.path, description.fingerprint, fingerprint(session.model, session.config))
-    tensors = decode_state(bundle.state, description, name)
     if len(description.layers) != len(session.cache.layers):
         raise IntegrityError(f"{bundle.path}: {len(description.layers)} layers, the model has "
                              f"{len(session.cache.layers)}")  # fmt: skip

@@ -23,7 +23,7 @@ from kvoffload_storage.locks import sweep
 from kvoffload_storage.rewrite import rewrite_bundle
 
 from kvoffload.errors import UsageError
-from kvoffload.runtime.session_file import changed_versions, describe
+from kvoffload.runtime.session_file import changed_versions, describe, read_description
 from kvoffload.runtime.terminal import write_json, write_table
 from kvoffload.units import format_size
 
@@ -114,7 +114,7 @@ def run_export(path: Path, target: Path, out: TextIO) -> int:
 
 def run_import(archive: Path, path: Path, out: TextIO) -> int:
     with _told():
-        manifest = import_bundle(archive, path, lambda session: describe(session, archive))
+        manifest = import_bundle(archive, path, read_description)
     out.write(f"{path}: {manifest.session['n_tokens']:,} tokens\n")
     return 0
 
@@ -142,7 +142,7 @@ def _verify(path: Path) -> tuple[int, list[IntegrityError]]:
     except IntegrityError as error:
         return 0, [error]
     try:
-        describe(bundle.manifest.session, path)
+        read_description(bundle)
         return sum(sum(store.n_pages) for store in bundle.manifest.stores), list(damaged_pages(bundle))
     except IntegrityError as error:
         return 0, [error]

@@ -2,20 +2,25 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from kvoffload_storage.bundle import Bundle
+from kvoffload_storage.bundle_format import StoreEntry
 from kvoffload_storage.errors import IntegrityError
-from pydantic import BaseModel, ConfigDict, ValidationError
+from kvoffload_storage.store import StoreShape
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kvoffload.config import RuntimeConfig
+from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.errors import UsageError
 from kvoffload.models.cache_state import LayerState
 
+Count = Annotated[int, Field(ge=0)]
 LAYOUT = "page,row,kv,token,channel"  # of the bytes of a page
 
 
@@ -30,9 +35,9 @@ class Fingerprint(_Described):
     dtype: str
     rotary: str
     layout: str = LAYOUT
-    page_size: int
-    sinks: int
-    recent: int
+    page_size: Annotated[int, Field(ge=1)]
+    sinks: Count
+    recent: Count
 
 
 class Description(_Described):
@@ -42,11 +47,11 @@ class Description(_Described):
     fingerprint: Fingerprint
     versions: dict[str, str]
     policy: str
-    n_tokens: int
-    n_in_kv: int
-    prompt_tokens: int
+    n_tokens: Count
+    n_in_kv: Count
+    prompt_tokens: Count
     unfinished: bool
-    prompt_start: int
+    prompt_start: Count
     sampling: dict[str, Any] | None
     layers: list[LayerState]
 
@@ -97,11 +102,22 @@ def changed_versions(saved: dict[str, str]) -> str:
 def describe(data: dict[str, Any], name: object) -> Description:
     """The description in a manifest; IntegrityError when it is none of ours."""
     try:
-        return Description.model_validate(data)
+        found = Description.model_validate(data)
+        SamplingConfig.model_validate(found.sampling or {})
+        return found
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise IntegrityError(f"{name}: session.{where}: {str(first['input'])[:120]!r}: {first['msg']}") from error
+
+
+def read_description(bundle: Bundle) -> tuple[Description, dict[str, Tensor]]:
+    """What an open session says beside its pages; IntegrityError when that is none of ours, or when its counts are not
+    those of its tokens and pages."""
+    description = describe(bundle.manifest.session, bundle.path)
+    tensors = decode_state(bundle.state, description, bundle.path / bundle.manifest.state.file)
+    _check_pages(description, bundle.manifest.stores, bundle.path)
+    return description, tensors
 
 
 def encode_state(tensors: dict[str, Tensor]) -> bytes:
@@ -118,9 +134,34 @@ def decode_state(data: bytes, description: Description, name: object) -> dict[st
     ids = tensors.get("token_ids")
     if ids is None or ids.dtype != torch.int64 or ids.shape != (description.n_tokens,):
         raise IntegrityError(f"{name}: token_ids is not int64 [{description.n_tokens}]")
+    most = max(description.n_in_kv, description.prompt_tokens, description.prompt_start)
+    if most > description.n_tokens:
+        raise IntegrityError(f"{name}: {description.n_tokens} tokens, expected {most} at least")
     for i, layer in enumerate(description.layers):
         _check_layer(i, layer, description, tensors, name)
     return tensors
+
+
+def _check_pages(whole: Description, stores: Sequence[StoreEntry], name: object) -> None:
+    """Every layer has the pages of its tokens, and no store has others."""
+    layers = [layer for layer in whole.layers if layer.offloaded]
+    expected: dict[StoreShape, list[int]] = {}
+    for place, layer in enumerate(layers):
+        n_pages, rest = divmod(
+            max(layer.n_tokens - whole.fingerprint.sinks, 0) - layer.n_window, whole.fingerprint.page_size
+        )
+        if rest or any(n is not None and not 0 <= n <= n_pages for n in (layer.n_prefilled, layer.n_anchored)):
+            raise IntegrityError(f"{name}: layer {place} cannot have {layer.n_tokens} tokens like this: {layer}")
+        shape = StoreShape(len(layers), layer.n_kv_heads, _slice_bytes(whole.fingerprint, layer))
+        expected.setdefault(shape, [0] * len(layers))[place] = n_pages
+    found = {store.shape: store.n_pages for store in stores}
+    if found != expected:
+        raise IntegrityError(f"{name}: pages {found}, expected {expected} for {whole.n_in_kv} tokens")
+
+
+def _slice_bytes(print_: Fingerprint, layer: LayerState) -> int:
+    itemsize: int = getattr(torch, print_.dtype).itemsize
+    return print_.page_size * (layer.key_dim + layer.value_dim) * itemsize
 
 
 def _check_layer(i: int, layer: LayerState, whole: Description, tensors: dict[str, Tensor], name: object) -> None:
@@ -139,6 +180,9 @@ def _check_layer(i: int, layer: LayerState, whole: Description, tensors: dict[st
         found = tensors.get(key)
         if found is None or tuple(found.shape) != shape or str(found.dtype) != f"torch.{print_.dtype}":
             raise IntegrityError(f"{name}: {key} is not {print_.dtype} {list(shape)}")
+    anchor = tensors.get(f"{i}.anchor")
+    if layer.n_anchored is not None and (anchor is None or anchor.shape != (rows, layer.key_dim)):
+        raise IntegrityError(f"{name}: {i}.anchor is not [{rows}, {layer.key_dim}]")
     tail = tensors.get(f"{i}.tail")
     if tail is None or tail.dim() != 4 or tail.shape[:2] != (rows, layer.group_size) or tail.shape[3] != layer.key_dim:
         raise IntegrityError(f"{name}: {i}.tail is not [{rows}, {layer.group_size}, n, {layer.key_dim}]")

@@ -1,78 +1,98 @@
 """A session as one file and back (FORMAT.md, "Export"): an uncompressed tar of exactly its files."""
 
 import os
-import tarfile
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import BinaryIO
 
+from .archive_format import ARCHIVE_END, BLOCK_BYTES, decode_member, encode_member, padding_bytes
 from .bundle import Bundle, open_bundle
 from .bundle_check import damaged_pages
-from .bundle_format import MANIFEST_MAX_BYTES, MANIFEST_NAME, Manifest, decode_manifest
+from .bundle_format import MANIFEST_MAX_BYTES, MANIFEST_NAME, Manifest, decode_manifest, encode_manifest, new_name
 from .errors import IntegrityError, UnavailableError
-from .format import layer_file_name, layout_of
+from .format import encode_checksums, layer_file_name, layout_of
 from .locks import NEW, refuse_temporary, sweep, temporary_folder
-from .page_file import storage_error
-from .private_files import sync_folder
+from .page_file import PageFile, storage_error, unusable
+from .private_files import sync_folder, write_private
 
 _PIECE = 8 << 20
 
 
 def export_bundle(path: Path, out: Path) -> int:
-    """Write the session to the new file ``out``, mode 0600, complete or not at all; its bytes."""
-    bundle = open_bundle(path, direct=False)
-    temporary: Path | None = None
+    """Write the session to the new file ``out``, mode 0600, complete or not at all; its bytes. What killed exports left
+    in its folder is removed."""
+    bundle, parent = open_bundle(path, direct=False), out.absolute().parent
     try:
-        fd, made = tempfile.mkstemp(
-            prefix=f"{out.name}.", suffix=".tmp", dir=out.absolute().parent
-        )  # nobody's file yet
-        temporary = Path(made)
-        with os.fdopen(fd, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for name, source, n_bytes in _members(bundle):
-                    _add(tar, name, source, n_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, out)  # unlike a rename, this never replaces a file
+        sweep(parent)
+        with temporary_folder(parent, NEW) as folder:
+            made = folder / new_name("export")
+            _pack(bundle, made)
+            os.link(made, out)  # unlike a rename, this never replaces a file
+        sync_folder(parent)
         return out.stat().st_size
     except OSError as error:
         raise storage_error(error, out, bundle.manifest.page_bytes) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         bundle.close()
 
 
-def import_bundle(
-    archive: Path, path: Path, check: Callable[[dict[str, Any]], object] = lambda session: None
-) -> Manifest:
+def import_bundle(archive: Path, path: Path, check: Callable[[Bundle], object] = lambda bundle: None) -> Manifest:
     """Make the session ``path`` from an exported file, after every byte of it was verified; ``check`` raises where what
-    the manifest says of the session is nothing that its reader knows."""
+    it says beside its pages is nothing that its reader knows. CapacityError where the disk has no room for it."""
     if path.exists() or path.is_symlink():
         raise UnavailableError(f"{path}: exists already")
     refuse_temporary(path)
     parent = path.absolute().parent
     sweep(parent)
-    try:
-        with temporary_folder(parent, NEW) as folder:
-            _unpack(archive, folder)
-            bundle = open_bundle(folder, direct=False)
-            bundle.close_after(damaged_pages(bundle))
-            check(bundle.manifest.session)
-            os.rename(folder, path)
-            sync_folder(parent)
-            return bundle.manifest
-    except OSError as error:
-        raise storage_error(error, path, 0) from error
+    with _open(archive) as source:
+        n_bytes = os.fstat(source.fileno()).st_size
+        try:
+            with temporary_folder(parent, NEW) as folder:
+                manifest = _unpack_checked(source, folder, check)
+                os.rename(folder, path)
+                sync_folder(parent)
+                return manifest
+        except OSError as error:  # not the archive's: those are told by what reads it
+            raise storage_error(error, path, n_bytes) from error
 
 
-def _members(bundle: Bundle) -> Iterator[tuple[str, Path, int]]:
-    """Name, file and bytes that count of everything in a session, the manifest first."""
-    manifest, path = bundle.manifest, bundle.path
-    yield MANIFEST_NAME, path / MANIFEST_NAME, (path / MANIFEST_NAME).stat().st_size
-    for name, n_bytes in _sizes(manifest).items():
-        yield name, path / name, n_bytes
+def _pack(bundle: Bundle, made: Path) -> None:
+    """Everything of the open session, whoever saves it anew meanwhile; the manifest first."""
+    manifest = bundle.manifest
+    table = b"".join(encode_checksums(store.checksums) for store in bundle.stores)
+    small = {
+        MANIFEST_NAME: encode_manifest(manifest),
+        manifest.checksums.file: table,
+        manifest.state.file: bundle.state,
+    }
+    fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as out:
+        for name, data in small.items():
+            _put(out, name, len(data), [data])
+        for segment in (segment for store in bundle.stores for segment in store.segments):
+            for layer, (file, n_pages) in enumerate(zip(segment.files, segment.n_pages, strict=True)):
+                n_bytes = file.layout.page_offset(n_pages)
+                _put(out, f"{segment.name}/{layer_file_name(layer)}", n_bytes, _pieces(file, n_bytes))
+        out.write(ARCHIVE_END)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _put(out: BinaryIO, name: str, n_bytes: int, pieces: Iterable[bytes]) -> None:
+    out.write(encode_member(name, n_bytes))
+    for piece in pieces:
+        out.write(piece)
+    out.write(bytes(padding_bytes(n_bytes)))
+
+
+def _pieces(file: PageFile, n_bytes: int) -> Iterator[bytes]:
+    offset = 0
+    while offset < n_bytes:
+        piece = os.pread(file.fd, min(_PIECE, n_bytes - offset), offset)
+        if not piece:
+            raise IntegrityError(f"{file.path}: the file ends {n_bytes - offset:,} bytes early")
+        yield piece
+        offset += len(piece)
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:
@@ -86,50 +106,58 @@ def _sizes(manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def _add(tar: tarfile.TarFile, name: str, source: Path, n_bytes: int) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = n_bytes, 0o600
-    with source.open("rb") as file:
-        tar.addfile(member, file)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
+def _open(archive: Path) -> BinaryIO:
     try:
-        with tarfile.open(archive, mode="r:") as tar:
-            first = tar.next()
-            if first is None or first.name != MANIFEST_NAME or not first.isreg() or first.size > MANIFEST_MAX_BYTES:
-                raise IntegrityError(f"{archive}: the first member is not a {MANIFEST_NAME}")
-            text = _stream(tar, first).read()
-            wanted = _sizes(decode_manifest(text, name=f"{archive}: {MANIFEST_NAME}"))
-            (folder / MANIFEST_NAME).write_bytes(text)
-            for member in iter(tar.next, None):
-                if not member.isreg() or wanted.pop(member.name, None) != member.size:
-                    raise IntegrityError(f"{archive}: {member.name!r} of {member.size:,} bytes is not in the manifest")
-                _take(_stream(tar, member), folder / member.name, member.size)
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise IntegrityError(f"{archive}: not an exported session: {error}") from error
+        return archive.open("rb")
     except OSError as error:
-        raise UnavailableError(f"{archive}: {error.strerror or error}") from error
-    (folder / MANIFEST_NAME).chmod(0o600)
+        raise unusable(error, archive, what="cannot be read") from error
+
+
+def _unpack_checked(source: BinaryIO, folder: Path, check: Callable[[Bundle], object]) -> Manifest:
+    try:
+        _unpack(source, folder)
+        bundle = open_bundle(folder, direct=False)
+        bundle.close_after(damaged_pages(bundle))
+        check(bundle)
+    except IntegrityError as error:  # the folder is gone when the user reads this
+        raise IntegrityError(str(error).replace(str(folder), source.name)) from error
+    return bundle.manifest
+
+
+def _unpack(source: BinaryIO, folder: Path) -> None:
+    first = decode_member(_read(source, BLOCK_BYTES), name=source.name)
+    if first is None or first[0] != MANIFEST_NAME or first[1] > MANIFEST_MAX_BYTES:
+        raise IntegrityError(f"{source.name}: the first member is not a {MANIFEST_NAME}")
+    text = _read(source, first[1])
+    _read(source, padding_bytes(first[1]))
+    wanted = _sizes(decode_manifest(text, name=f"{source.name}: {MANIFEST_NAME}"))
+    write_private(folder / MANIFEST_NAME, text)
+    while member := decode_member(_read(source, BLOCK_BYTES), name=source.name):
+        name, n_bytes = member
+        if wanted.pop(name, None) != n_bytes:
+            raise IntegrityError(f"{source.name}: {name!r} of {n_bytes:,} bytes is not in the manifest")
+        _take(source, folder / name, n_bytes)
+        _read(source, padding_bytes(n_bytes))
     if wanted:
-        raise IntegrityError(f"{archive}: {min(wanted)} is missing")
+        raise IntegrityError(f"{source.name}: {min(wanted)} is missing")
 
 
-def _stream(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    stream = tar.extractfile(member)
-    assert stream is not None, "a regular member has bytes"
-    return stream
-
-
-def _take(source: IO[bytes], target: Path, n_bytes: int) -> None:
+def _take(source: BinaryIO, target: Path, n_bytes: int) -> None:
     target.parent.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
-        left = n_bytes
-        while left:
-            piece = source.read(min(_PIECE, left))
-            if not piece:
-                raise IntegrityError(f"{target.name}: the file ends {left:,} bytes early")
-            left -= file.write(piece)
+        for done in range(0, n_bytes, _PIECE):
+            file.write(_read(source, min(_PIECE, n_bytes - done)))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _read(source: BinaryIO, n_bytes: int) -> bytes:
+    """The next ``n_bytes`` of an archive, of which no more are read than are there."""
+    try:
+        data = source.read(n_bytes)
+    except OSError as error:
+        raise storage_error(error, Path(source.name), 0) from error
+    if len(data) < n_bytes:
+        raise IntegrityError(f"{source.name}: the file ends {n_bytes - len(data):,} bytes early")
+    return data

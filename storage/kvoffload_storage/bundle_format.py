@@ -18,7 +18,7 @@ VERSION = 1
 _CHECKSUM_LINE = 18  # newline, sixteen digits, newline
 _KNOWN = re.compile(
     r"manifest\.json(\.tmp)?|checksums-[0-9a-f]{16}\.xxh3|state-[0-9a-f]{16}\.safetensors|pages-[0-9a-f]{16}"
-    r"|layer-\d{4,}\.kv|probe-\w+"
+    r"|layer-\d{4,}\.kv|export-[0-9a-f]{16}\.tar|probe-\w+"
 )
 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -101,9 +101,9 @@ class Manifest(_Part):
         return {self.checksums.file, self.state.file} | {s.folder for store in self.stores for s in store.segments}
 
 
-def new_name(kind: Literal["pages", "checksums", "state"]) -> str:
+def new_name(kind: Literal["pages", "checksums", "state", "export"]) -> str:
     """A name of that kind that nothing has yet."""
-    ending = {"pages": "", "checksums": ".xxh3", "state": ".safetensors"}[kind]
+    ending = {"pages": "", "checksums": ".xxh3", "state": ".safetensors", "export": ".tar"}[kind]
     return f"{kind}-{secrets.token_hex(8)}{ending}"
 
 

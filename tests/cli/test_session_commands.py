@@ -173,7 +173,8 @@ def test_an_export_that_was_tampered_with_is_not_imported(run: Any, session: Pat
     tar = tmp_path / "x.tar"
     assert run("session", "export", session, tar).code == 0
     whole = tar.read_bytes()
-    for at in (0, 300, 700, len(whole) // 2):
+    page = next(session.glob("pages-*/layer-0001.kv")).read_bytes()[4096:4160]
+    for at in (0, 300, 700, whole.index(page)):
         data = bytearray(whole)
         data[at] ^= 1
         tar.write_bytes(data)
@@ -204,6 +205,40 @@ def test_a_description_that_is_none_is_not_imported(
     assert ran.code == 4
     assert f"session.{field}" in ran.err
     assert not (tmp_path / "b.kvo").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("n_tokens",), 10**6),
+        (("n_in_kv",), 3),
+        (("prompt_tokens",), 10**9),
+        (("prompt_start",), -1),
+        (("fingerprint", "page_size"), 8),
+        (("fingerprint", "dtype"), "float16"),
+        (("layers", 0, "n_window"), 9),
+        (("layers", 0, "n_tokens"), 7),
+        (("layers", 0, "n_prefilled"), 10**6),
+        (("layers", 1, "key_dim"), 8),
+        (("sampling",), {"temperature": -1.0}),
+    ],
+)
+def test_counts_that_do_not_fit_the_pages_are_not_imported(
+    run: Any, session: Path, tmp_path: Path, where: tuple[Any, ...], value: object
+) -> None:
+    manifest = read_manifest(session)
+    said = json.loads(json.dumps(manifest.session))
+    inner = said
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    replace_manifest(session, manifest.model_copy(update={"session": said}))
+    assert run("session", "verify", session).code == 4
+    assert run("session", "export", session, tmp_path / "a.tar").code == 0
+    ran = run("session", "import", tmp_path / "a.tar", tmp_path / "b.kvo")
+    assert (ran.code, ran.err.count("\n")) == (4, 1)
+    assert "a.tar" in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.kvo", "a.tar"]
 
 
 def test_a_session_may_not_be_called_like_something_temporary(run: Any, session: Path, tmp_path: Path) -> None:

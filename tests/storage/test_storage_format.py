@@ -178,7 +178,7 @@ def test_a_manifest_too_long_is_not_parsed() -> None:
 
 
 def test_every_new_name_is_known_and_a_path_never_is() -> None:
-    for kind in ("pages", "checksums", "state"):
+    for kind in ("pages", "checksums", "state", "export"):
         assert is_known(new_name(kind))
     for name in ("../x", "pages-0", "notes.txt", "layer-1.kv", ".."):
         assert not is_known(name)
