@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import aiofiles
 from aiofiles.threadpool.binary import AsyncFileIO
 
 from ..page_file import PageFile
-from .base import Engine, PendingRead, ReadBatch, ReadJob, Scratch
+from .base import Engine, Filling, PendingRead, ReadBatch, ReadJob, Scratch
 
 
 @dataclass
@@ -30,7 +30,8 @@ class AsyncFilesEngine(Engine):
 
     Safety: everything below ``read`` runs on the loop's thread only. A lane is taken from its file's queue for one
     share of a batch and put back afterwards, so no two reads share a position or scratch memory. The executor serves
-    one blocking call per lane. The loop's thread knows the loop, not the engine, and stops when the engine is dropped.
+    one blocking call per lane. ``close`` waits for the batches under way before it closes a handle, whose number might
+    go to another file. The loop's thread knows the loop, not the engine, and stops when the engine is dropped.
     """
 
     name = "aiofiles"
@@ -41,7 +42,7 @@ class AsyncFilesEngine(Engine):
         self._loop = asyncio.new_event_loop()
         self._opening = asyncio.Lock()
         self._idle: dict[Path, asyncio.Queue[Lane]] = {}
-        self._lanes: list[Lane] = []
+        self._running: set[Future[None]] = set()
         thread = threading.Thread(target=_run, args=(self._loop,), name="kvoffload-aiofiles-loop", daemon=True)
         thread.start()
         self._stopper = weakref.finalize(self, _stop, self._loop, thread)
@@ -49,12 +50,15 @@ class AsyncFilesEngine(Engine):
     def read(self, file: PageFile, batch: ReadBatch) -> PendingRead:
         if not len(batch):
             return PendingRead(file, [])
-        share = self._batch(file, deque(batch.jobs()))
-        return PendingRead(file, [asyncio.run_coroutine_threadsafe(share, self._loop)])
+        share = asyncio.run_coroutine_threadsafe(self._batch(file, deque(batch.jobs())), self._loop)
+        self._running.add(share)
+        share.add_done_callback(self._running.discard)
+        return PendingRead(file, [share])
 
     def close(self) -> None:
         if not self._stopper.alive:
             return
+        wait(list(self._running))
         asyncio.run_coroutine_threadsafe(self._close_lanes(), self._loop).result()
         self._stopper()
         self._executor.shutdown(wait=True)
@@ -69,18 +73,20 @@ class AsyncFilesEngine(Engine):
     async def _lanes_of(self, file: PageFile) -> asyncio.Queue[Lane]:
         async with self._opening:
             if file.path not in self._idle:
-                lanes = [await self._open_lane(file) for _ in range(self.depth)]
                 idle: asyncio.Queue[Lane] = asyncio.Queue()
-                for lane in lanes:
-                    idle.put_nowait(lane)
+                try:
+                    for _ in range(self.depth):
+                        idle.put_nowait(await self._open_lane(file))
+                except OSError:  # perhaps for want of descriptors: the next read begins anew
+                    while not idle.empty():
+                        await idle.get_nowait().handle.close()
+                    raise
                 self._idle[file.path] = idle
             return self._idle[file.path]
 
     async def _open_lane(self, file: PageFile) -> Lane:
         opener = _opener(file.direct)
-        handle = await aiofiles.open(file.path, "rb", buffering=0, opener=opener, executor=self._executor)
-        self._lanes.append(Lane(handle))
-        return self._lanes[-1]
+        return Lane(await aiofiles.open(file.path, "rb", buffering=0, opener=opener, executor=self._executor))
 
     async def _drain(self, file: PageFile, waiting: deque[ReadJob], idle: asyncio.Queue[Lane]) -> None:
         lane = await idle.get()
@@ -91,20 +97,30 @@ class AsyncFilesEngine(Engine):
             idle.put_nowait(lane)
 
     async def _close_lanes(self) -> None:
-        for lane in self._lanes:
-            await lane.handle.close()
-        self._lanes.clear()
+        for idle in self._idle.values():
+            while not idle.empty():
+                await idle.get_nowait().handle.close()
         self._idle.clear()
 
 
 async def _read_one(lane: Lane, file: PageFile, job: ReadJob) -> None:
-    """One seek and one ``readinto`` per piece; aiofiles has no vector read."""
     buffers = job.buffers(lane.scratch)
-    await lane.handle.seek(job.offset)
+    filling = Filling(buffers, job.offset)
+    while filling.goes_on(await _read_once(lane.handle, *filling.next_read())):
+        pass
+    job.finish(buffers, filling.n_read, file)
+
+
+async def _read_once(handle: AsyncFileIO, buffers: list[memoryview], offset: int) -> int:
+    """One seek and one ``readinto`` per piece, up to the first that is short; aiofiles has no vector read."""
+    await handle.seek(offset)
     n_read = 0
     for buffer in buffers:
-        n_read += await lane.handle.readinto(buffer) or 0
-    job.finish(buffers, n_read, file)
+        n_more = await handle.readinto(buffer) or 0
+        n_read += n_more
+        if n_more < len(buffer):
+            break
+    return n_read
 
 
 def _opener(direct: bool) -> Callable[[str, int], int]:

@@ -86,17 +86,34 @@ class ReadBatch:
         ]
 
 
+class Filling:
+    """Buffers that are filled from ``offset`` on by as many reads as it takes. A read that was short is gone on with at
+    the last whole block, as direct I/O needs it; one that brings nothing new is the end of the file."""
+
+    def __init__(self, buffers: Sequence[memoryview], offset: int) -> None:
+        self.buffers, self._offset, self.n_read = buffers, offset, 0
+        self._n_wanted = sum(len(buffer) for buffer in buffers)
+
+    def next_read(self) -> tuple[list[memoryview], int]:
+        """Where the next read puts its bytes, and its offset in the file."""
+        done = round_down(self.n_read)
+        return _behind(self.buffers, done), self._offset + done
+
+    def goes_on(self, n_bytes: int) -> bool:
+        """Whether another read has to follow the one that brought ``n_bytes``."""
+        before, self.n_read = self.n_read, max(self.n_read, round_down(self.n_read) + n_bytes)
+        return before < self.n_read < self._n_wanted
+
+
 def read_fully(fd: int, buffers: Sequence[memoryview], offset: int, n_wanted: int) -> int:
-    """``preadv`` until the buffers, ``n_wanted`` bytes, are full or the file ends; bytes read. A short read goes on at
-    the last whole block, as direct I/O needs it."""
+    """``preadv`` until the buffers, ``n_wanted`` bytes, are full or the file ends; bytes read."""
     n_read = os.preadv(fd, buffers, offset)
-    while 0 < n_read < n_wanted:
-        done = round_down(n_read)
-        n_more = os.preadv(fd, _behind(buffers, done), offset + done)
-        if done + n_more <= n_read:
-            return n_read
-        n_read = done + n_more
-    return n_read
+    if n_read == n_wanted:
+        return n_read
+    filling = Filling(buffers, offset)
+    while filling.goes_on(n_read):
+        n_read = os.preadv(fd, *filling.next_read())
+    return filling.n_read
 
 
 def _behind(buffers: Sequence[memoryview], n_bytes: int) -> list[memoryview]:

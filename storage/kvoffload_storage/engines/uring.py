@@ -1,5 +1,6 @@
 """The ``uring`` engine: one io_uring ring through the ``liburing`` binding, many reads in flight from one thread."""
 
+import errno
 import functools
 import os
 import signal
@@ -8,11 +9,11 @@ import sys
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import IntegrityError
 from ..page_file import PageFile
-from .base import Engine, PendingRead, ReadBatch, ReadJob, Scratch
+from .base import Engine, Filling, PendingRead, ReadBatch, ReadJob, Scratch
 
 RING_ENTRIES = 32
 
@@ -47,7 +48,8 @@ class UringEngine(Engine):
 
     Safety: the ring, its eventfd and the slots' scratch memory belong to the only thread of the executor; batches run
     on it one after another. A slot is reused after its completion was seen, and a batch ends, also a failed one, when
-    all its reads have completed, so the kernel never writes into memory that was given back. The binding holds the
+    all its reads have completed, so the kernel never writes into memory that was given back; a ring in which a failed
+    batch left reads that were not submitted is given up. A short read is gone on with. The binding holds the
     interpreter lock in its calls: the thread therefore sleeps on the eventfd, which does not, and never in the ring.
     """
 
@@ -66,6 +68,16 @@ class UringEngine(Engine):
         self._reader.close()
 
 
+@dataclass
+class _Flight:
+    """A job under way; what it holds must live until its read has completed."""
+
+    job: ReadJob
+    buffers: Sequence[memoryview]
+    filling: Filling
+    iovec: object = None
+
+
 class _RingReader:
     """The ring and what it needs; used by one thread at a time."""
 
@@ -73,50 +85,82 @@ class _RingReader:
         import liburing  # an optional dependency, and one that may not even load
 
         self._liburing: Any = liburing
-        self._ring = liburing.Ring()
-        liburing.io_uring_queue_init(RING_ENTRIES, self._ring)
-        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC)
-        liburing.io_uring_register_eventfd(self._ring, self._eventfd)
         self._scratch = [Scratch() for _ in range(RING_ENTRIES)]
-        self._closer = weakref.finalize(self, _close_ring, liburing, self._ring, self._eventfd)
+        self._flying: dict[int, _Flight] = {}  # by slot
+        self._queued: list[int] = []  # the slots among them that the kernel does not know yet, in order
+        self._open()
 
     def run(self, file: PageFile, jobs: list[ReadJob]) -> None:
         """Read all jobs; after a failure start no more, wait for those in flight, then raise it."""
+        if not self._closer.alive:
+            self._open()
         idle = list(range(RING_ENTRIES))
-        flying: dict[int, tuple[ReadJob, Sequence[memoryview], object]] = {}
-        failure: Exception | None = None
-        while flying or (jobs and failure is None):
-            while jobs and idle and failure is None:
-                slot = idle.pop()
-                flying[slot] = self._prepare(slot, file, jobs.pop())
-            self._liburing.io_uring_submit(self._ring)
-            os.eventfd_read(self._eventfd)
-            for slot, n_read in self._completed():
-                job, buffers, _ = flying.pop(slot)
-                idle.append(slot)
-                failure = failure or _finish(job, buffers, n_read, file)
-        if failure is not None:
-            raise failure
+        try:
+            while jobs or self._flying:
+                while jobs and idle:
+                    slot, job = idle.pop(), jobs.pop()
+                    buffers = job.buffers(self._scratch[slot])
+                    self._ask(slot, _Flight(job, buffers, Filling(buffers, job.offset)), file)
+                self._submit()
+                for slot, flight, n_read in self._landed():
+                    if isinstance(n_read, OSError):
+                        raise n_read
+                    if flight.filling.goes_on(n_read):
+                        self._ask(slot, flight, file)
+                    else:
+                        flight.job.finish(flight.buffers, flight.filling.n_read, file)
+                        idle.append(slot)
+        except BaseException:
+            self._settle()
+            raise
 
     def close(self) -> None:
         self._closer()
 
-    def _prepare(self, slot: int, file: PageFile, job: ReadJob) -> tuple[ReadJob, Sequence[memoryview], object]:
-        """Queue one read; what is returned must live until its completion."""
-        buffers = job.buffers(self._scratch[slot])
-        iovec = self._liburing.Iovec(list(buffers))
-        sqe = self._liburing.io_uring_get_sqe(self._ring)
-        self._liburing.io_uring_prep_readv(sqe, file.fd, iovec, job.offset)
-        sqe.user_data = slot
-        return job, buffers, iovec
+    def _open(self) -> None:
+        self._ring, self._eventfd = self._liburing.Ring(), os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            self._liburing.io_uring_queue_init(RING_ENTRIES, self._ring)
+        except OSError:
+            os.close(self._eventfd)
+            raise
+        self._liburing.io_uring_register_eventfd(self._ring, self._eventfd)
+        self._closer = weakref.finalize(self, _close_ring, self._liburing, self._ring, self._eventfd)
 
-    def _completed(self) -> list[tuple[int, int | OSError]]:
-        """Slots that completed, with bytes read or the error. Only ``cqe[0]`` is used: the binding does not wrap."""
-        done: list[tuple[int, int | OSError]] = []
+    def _ask(self, slot: int, flight: _Flight, file: PageFile) -> None:
+        """Queue a flight's next read."""
+        buffers, offset = flight.filling.next_read()
+        flight.iovec = self._liburing.Iovec(buffers)
+        self._flying[slot] = flight
+        self._queued.append(slot)
+        sqe = self._liburing.io_uring_get_sqe(self._ring)
+        self._liburing.io_uring_prep_readv(sqe, file.fd, flight.iovec, offset)
+        sqe.user_data = slot
+
+    def _submit(self) -> None:
+        del self._queued[: self._liburing.io_uring_submit(self._ring)]
+        if len(self._queued) == len(self._flying):  # nothing would ever complete
+            raise OSError(errno.EAGAIN, "the ring takes no reads")
+
+    def _settle(self) -> None:
+        """After a failure: wait for every read that the kernel knows, and give up a ring in which others are queued,
+        since the next submit would start them."""
+        while len(self._flying) > len(self._queued):
+            self._landed()
+        if self._queued:
+            self._closer()
+        self._flying.clear()
+        self._queued.clear()
+
+    def _landed(self) -> list[tuple[int, _Flight, int | OSError]]:
+        """Wait for completions: slots, what flew in them, and bytes read or the error. Only ``cqe[0]`` is used: the
+        binding does not wrap."""
+        os.eventfd_read(self._eventfd)
+        done: list[tuple[int, _Flight, int | OSError]] = []
         cqe = self._liburing.Cqe()
         for _ in range(self._liburing.io_uring_cq_ready(self._ring)):
             self._liburing.io_uring_wait_cqe(self._ring, cqe)
-            done.append((cqe[0].user_data, _result(cqe[0])))
+            done.append((cqe[0].user_data, self._flying.pop(cqe[0].user_data), _result(cqe[0])))
             self._liburing.io_uring_cq_advance(self._ring, 1)
         return done
 
@@ -131,13 +175,3 @@ def _result(completion: Any) -> int | OSError:
         return int(completion.res)
     except OSError as error:
         return error
-
-
-def _finish(job: ReadJob, buffers: Sequence[memoryview], n_read: int | OSError, file: PageFile) -> Exception | None:
-    if isinstance(n_read, OSError):
-        return n_read
-    try:
-        job.finish(buffers, n_read, file)
-    except IntegrityError as error:
-        return error
-    return None
