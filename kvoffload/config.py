@@ -38,10 +38,7 @@ def variants(union: Any) -> dict[str, type[BaseModel]]:
     return {cls.model_fields["kind"].default: cls for cls in get_args(get_args(union)[0])}
 
 
-VARIANTS = {
-    "selector": variants(SelectorConfig),
-    "completion": variants(CompletionConfig),
-}
+VARIANTS = {"selector": variants(SelectorConfig), "completion": variants(CompletionConfig)}
 POLICIES = variants(PolicyConfig)
 _KINDS = {**VARIANTS, "policy": POLICIES}
 

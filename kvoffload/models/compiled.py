@@ -299,10 +299,7 @@ def _own(function: Forward) -> Forward:
     if not isinstance(function, FunctionType):
         return function
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COUNT)}")
-    own = FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
+    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own
 
