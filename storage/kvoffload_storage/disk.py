@@ -11,7 +11,7 @@ import numpy as np
 
 from .aligned import BLOCK_BYTES, aligned_empty
 from .engines import ReadBatch, build_engine
-from .errors import IntegrityError, StorageError
+from .errors import StorageError
 from .format import PageLayout
 from .locks import PAGES, temporary_folder
 from .page_file import PageFile, storage_error, unusable, write_all
@@ -93,7 +93,7 @@ def kept_read_unit(directory: Path) -> int | None:
     """What ``keep_read_unit`` kept in that folder; None where there is nothing usable."""
     try:
         found = read_private(directory / UNIT_FILE, 16).decode("ascii", "replace").strip()
-    except (FileNotFoundError, IntegrityError):
+    except (FileNotFoundError, StorageError):
         return None
     return int(found) if found in map(str, _UNITS) else None
 

@@ -1,5 +1,7 @@
 """``page_size = auto``: a number before anything is allocated, the same one for the same folder."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,18 @@ def test_a_kept_unit_that_is_none_is_not_used(damage: str, tmp_path: Path) -> No
     (tmp_path / disk.UNIT_FILE).write_text(damage)
     assert disk.kept_read_unit(tmp_path) is None
     assert disk.keep_read_unit(tmp_path, 8192) == 8192
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_a_kept_unit_that_cannot_be_read_is_not_used(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: object, **options: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    disk.keep_read_unit(tmp_path, 8192)
+    monkeypatch.setattr(os, "open", refuse)
+    assert disk.kept_read_unit(tmp_path) is None
 
 
 def test_of_two_that_measure_the_first_is_kept(tmp_path: Path) -> None:
