@@ -62,6 +62,8 @@ class OffloadLayer(AttendingLayer):
 
     def look_ahead(self, guess: Callable[[], Tensor]) -> None:
         assert self.kv is not None, "it looks ahead"
+        if not self._cache.fixed:
+            self.kv.fix(None)
         query, shape = guess(), self.kv.geometry
         query = query_rows(query.reshape(shape.rows, -1, *query.shape[2:]))
         choose_early(self.kv, query.float() * shape.scale)

@@ -86,7 +86,7 @@ def test_who_comes_and_goes_gets_what_each_gets_alone(family):
     "fields",
     [{"offload": "nvme"}, {"offload": "nvme", "cpu_max": 1 << 20, "prefetch": 0.5}, {"gpu_cache": 1 << 16},
      {"selector": "bounds", "completion": "anchored", "reanchor": 16}, {"policy": "prhs"}, {"policy": "hshare"},
-     {"policy": "retro:window=2"}, {"max_dropped_mass": 0.05}],
+     {"policy": "retro:window=2"}, {"max_dropped_mass": 0.05}, {"look_ahead": True}],
     ids=lambda fields: "+".join(fields),
 )  # fmt: skip
 def test_every_way_to_read_gives_the_same_together(fields, tmp_path):

@@ -76,7 +76,9 @@ def together(rt, **fields):
     return tokens, stats
 
 
-@pytest.mark.parametrize("fields", [{}, {"gpu_cache": "64KiB"}, {"offload": "none"}, {"reanchor": 17}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"gpu_cache": "64KiB"}, {"offload": "none"}, {"reanchor": 17}, {"look_ahead": True}], ids=str
+)
 def test_replayed_shared_steps_are_the_steps_of_each_alone(fields):
     rt = runtime(**fields)
     given, expected = together(rt), alone(rt)
