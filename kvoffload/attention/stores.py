@@ -1,13 +1,14 @@
 """From a configuration to the store of a tier, and from one store to another."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from kvoffload_storage.aligned import aligned_empty
 from kvoffload_storage.file import FileStore
 from kvoffload_storage.memory import MemoryStore
 from kvoffload_storage.segments import Sealed
-from kvoffload_storage.space import SessionSpace
 from kvoffload_storage.store import Moved, Store, StoreShape
 from kvoffload_storage.tiered import TieredStore
 
@@ -41,13 +42,19 @@ def open_store(
         if capacity_pages:  # then more would never be used, and pinned memory is taken at once
             n_bytes = min(n_bytes, capacity_pages * shape.n_layers * shape.page_bytes)
         return OpenedStore(TieredStore(files, max_bytes=n_bytes, pinned=pinned, n_parts=n_parts))
-    mirror = None if begin is None else FileStore(config.nvme_dir, shape, direct=config.direct, begin=begin)
+    mirror = None if begin is None else mirror_store(config, config.nvme_dir, shape, begin)
     pinned = device.type == "cuda"
     if config.offload == "cpu":
         store = MemoryStore(shape, tier="cpu", pinned=pinned, capacity_pages=capacity_pages, max_bytes=config.cpu_max)
     else:
         store = MemoryStore(shape, tier="gpu", device=device, capacity_pages=capacity_pages)
     return OpenedStore(store) if mirror is None else OpenedStore(store, mirror, copy_pages(mirror, store)[0])
+
+
+def mirror_store(config: RuntimeConfig, folder: Path | None, shape: StoreShape, begin: Sealed | None) -> FileStore:
+    """Files for the pages of a tier in memory, behind those of ``begin``."""
+    bounds: dict[str, Any] = {"max_bytes": config.nvme_max, "floor_bytes": config.nvme_floor}
+    return FileStore(folder, shape, direct=config.direct, begin=begin, **bounds)
 
 
 def copy_pages(source: Store, target: Store) -> tuple[Moved, Moved]:
@@ -80,5 +87,4 @@ def _file_store(
         pinned=device.type == "cuda",
         verify=config.verify,
         begin=begin,
-        space=None if config.nvme_dir is None else SessionSpace(config.nvme_dir),
     )

@@ -16,7 +16,7 @@ from kvoffload.attention.ahead import LookAhead
 from kvoffload.attention.build import build_layer
 from kvoffload.attention.layer import LayerCache
 from kvoffload.attention.prefetch import Prefetch
-from kvoffload.attention.stores import copy_pages, open_store
+from kvoffload.attention.stores import copy_pages, mirror_store, open_store
 from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UnsupportedModelError, UsageError
@@ -209,7 +209,7 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         for shape, store in self._stores.items():
             files = store.seal()
             if files is None:
-                mirror = self._mirrors.get(shape) or FileStore(directory, shape, direct=self.config.direct)
+                mirror = self._mirrors.get(shape) or mirror_store(self.config, directory, shape, None)
                 self._mirrors[shape] = mirror
                 self.copied_written += copy_pages(store, mirror)[1]
                 files = mirror.seal()

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kvoffload_storage.bundle import Bundle, lock_bundle, open_bundle, read_manifest, save_bundle
+from kvoffload_storage.bundle import Bundle, lock_bundle, open_bundle, save_bundle
 from kvoffload_storage.bundle_format import Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
 from kvoffload_storage.locks import FolderLock
+from kvoffload_storage.manifests import read_manifest
 from kvoffload_storage.rewrite import is_scattered, rewrite_bundle
 from torch import Tensor
 

@@ -7,19 +7,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kvoffload_storage.archive import export_bundle, import_bundle
-from kvoffload_storage.bundle import (
-    disk_bytes,
-    lock_bundle,
-    open_bundle,
-    read_manifest,
-    remove_bundle,
-    replace_manifest,
-    save_bundle,
-)
+from kvoffload_storage.bundle import disk_bytes, lock_bundle, open_bundle, remove_bundle, save_bundle
 from kvoffload_storage.bundle_check import damaged_pages
 from kvoffload_storage.bundle_format import VERSION, Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
 from kvoffload_storage.locks import sweep
+from kvoffload_storage.manifests import read_manifest, replace_manifest
 from kvoffload_storage.rewrite import rewrite_bundle
 
 from kvoffload.errors import UsageError

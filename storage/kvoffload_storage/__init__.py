@@ -1,12 +1,13 @@
 """Page stores: immutable pages of bytes in host memory, device memory or files, read by slice or by run."""
 
 from .aligned import aligned_empty
-from .bundle import Bundle, lock_bundle, open_bundle, read_manifest, remove_bundle, save_bundle
+from .bundle import Bundle, lock_bundle, open_bundle, remove_bundle, save_bundle
 from .disk import DiskSpeed, free_bytes, measure_disk, probe_direct
 from .engines import available_engines
 from .errors import CapacityError, IntegrityError, StorageError, UnavailableError
 from .file import FileStore
 from .locks import sweep
+from .manifests import read_manifest
 from .memory import MemoryStore
 from .segments import Sealed, Segment
 from .store import Moved, Store, StoreShape, Ticket

@@ -1,7 +1,7 @@
 """A session as one file and back (FORMAT.md, "Export"): an uncompressed tar of exactly its files."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,7 @@ from .format import encode_checksums, layer_file_name, layout_of
 from .locks import NEW, refuse_temporary, sweep, temporary_folder
 from .page_file import PageFile, storage_error, unusable
 from .private_files import sync_folder, write_private
+from .space import Room, on_disk
 
 _PIECE = 8 << 20
 
@@ -36,9 +37,12 @@ def export_bundle(path: Path, out: Path) -> int:
         bundle.close()
 
 
-def import_bundle(archive: Path, path: Path, check: Callable[[Bundle], object] = lambda bundle: None) -> Manifest:
+def import_bundle(
+    archive: Path, path: Path, check: Callable[[Bundle], object] = lambda bundle: None, *, room: Room | None = None
+) -> Manifest:
     """Make the session ``path`` from an exported file, after every byte of it was verified; ``check`` raises where what
-    it says beside its pages is nothing that its reader knows. CapacityError where the disk has no room for it."""
+    it says beside its pages is nothing that its reader knows. CapacityError where ``room``, that of the folder around
+    it, or the disk has none for it."""
     if path.exists() or path.is_symlink():
         raise UnavailableError(f"{path}: exists already")
     refuse_temporary(path)
@@ -48,7 +52,7 @@ def import_bundle(archive: Path, path: Path, check: Callable[[Bundle], object] =
         n_bytes = os.fstat(source.fileno()).st_size
         try:
             with temporary_folder(parent, NEW) as folder:
-                manifest = _unpack_checked(source, folder, check)
+                manifest = _unpack_checked(source, folder, check, room or Room(parent))
                 os.rename(folder, path)
                 sync_folder(parent)
                 return manifest
@@ -113,9 +117,9 @@ def _open(archive: Path) -> BinaryIO:
         raise unusable(error, archive, what="cannot be read") from error
 
 
-def _unpack_checked(source: BinaryIO, folder: Path, check: Callable[[Bundle], object]) -> Manifest:
+def _unpack_checked(source: BinaryIO, folder: Path, check: Callable[[Bundle], object], room: Room) -> Manifest:
     try:
-        _unpack(source, folder)
+        _unpack(source, folder, room)
         bundle = open_bundle(folder, direct=False)
         bundle.close_after(damaged_pages(bundle))
         check(bundle)
@@ -124,14 +128,18 @@ def _unpack_checked(source: BinaryIO, folder: Path, check: Callable[[Bundle], ob
     return bundle.manifest
 
 
-def _unpack(source: BinaryIO, folder: Path) -> None:
+def _unpack(source: BinaryIO, folder: Path, room: Room) -> None:
     first = decode_member(_read(source, BLOCK_BYTES), name=source.name)
     if first is None or first[0] != MANIFEST_NAME or first[1] > MANIFEST_MAX_BYTES:
         raise IntegrityError(f"{source.name}: the first member is not a {MANIFEST_NAME}")
     text = _read(source, first[1])
     _read(source, padding_bytes(first[1]))
     wanted = _sizes(decode_manifest(text, name=f"{source.name}: {MANIFEST_NAME}"))
-    write_private(folder / MANIFEST_NAME, text)
+    if (n_bytes := sum(wanted.values())) > os.fstat(source.fileno()).st_size:
+        raise IntegrityError(f"{source.name}: shorter than the {n_bytes:,} bytes of its files")
+    with room.taking(on_disk(len(text), *wanted.values())):
+        _reserve(folder, wanted)
+        write_private(folder / MANIFEST_NAME, text)
     while member := decode_member(_read(source, BLOCK_BYTES), name=source.name):
         name, n_bytes = member
         if wanted.pop(name, None) != n_bytes:
@@ -142,10 +150,20 @@ def _unpack(source: BinaryIO, folder: Path) -> None:
         raise IntegrityError(f"{source.name}: {min(wanted)} is missing")
 
 
+def _reserve(folder: Path, sizes: Mapping[str, int]) -> None:
+    for name, n_bytes in sizes.items():
+        target = folder / name
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if n_bytes:
+                os.posix_fallocate(fd, 0, n_bytes)
+        finally:
+            os.close(fd)
+
+
 def _take(source: BinaryIO, target: Path, n_bytes: int) -> None:
-    target.parent.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
+    with os.fdopen(os.open(target, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "wb") as file:
         for done in range(0, n_bytes, _PIECE):
             file.write(_read(source, min(_PIECE, n_bytes - done)))
         file.flush()

@@ -8,28 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bring import bring_segment
 from .bundle_format import (
     FORMAT_NAME,
-    MANIFEST_MAX_BYTES,
     MANIFEST_NAME,
     VERSION,
     ChecksumsEntry,
     Manifest,
-    SegmentEntry,
     StateEntry,
     StoreEntry,
-    decode_manifest,
     encode_manifest,
     is_known,
     new_name,
 )
 from .disk import reads_directly
 from .errors import IntegrityError, UnavailableError
-from .format import Checksums, checksum, decode_checksums, encode_checksums, layer_file_name
+from .format import Checksums, checksum, decode_checksums, encode_checksums
 from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_temporary, sweep
-from .page_file import PageFile, storage_error, unusable
-from .private_files import read_checked, read_private, sync_folder, write_private
-from .segments import Sealed, Segment, same_file
+from .manifests import read_manifest, replace_manifest
+from .page_file import storage_error, unusable
+from .private_files import read_checked, sync_folder, write_private
+from .segments import Sealed, Segment
+from .space import Room, on_disk
 
 _ATTEMPTS = 20
 
@@ -57,16 +57,6 @@ class Bundle:
             for segment in store.segments:
                 for file in segment.files:
                     file.close()
-
-
-def read_manifest(path: Path) -> Manifest:
-    """What a session consists of; UnavailableError if there is none, IntegrityError if it is damaged."""
-    try:
-        return decode_manifest(read_private(path / MANIFEST_NAME, MANIFEST_MAX_BYTES), name=str(path / MANIFEST_NAME))
-    except FileNotFoundError:
-        if not path.exists():
-            raise UnavailableError(f"{path}: there is no such session") from None
-    raise UnavailableError(f"{path}: not a session (a folder with a {MANIFEST_NAME})")
 
 
 def open_bundle(path: Path, *, direct: bool | None = None) -> Bundle:
@@ -111,6 +101,15 @@ def lock_bundle(path: Path) -> FolderLock:
     return lock
 
 
+@dataclass(frozen=True)
+class Content:
+    """What is saved."""
+
+    stores: Sequence[Sealed]
+    state: bytes
+    session: dict[str, Any]
+
+
 def save_bundle(
     path: Path,
     stores: Sequence[Sealed],
@@ -119,22 +118,48 @@ def save_bundle(
     *,
     lock: FolderLock | None = None,
     pinned: bool | None = None,
+    room: Room | None = None,
+    keep: Manifest | None = None,
 ) -> tuple[Manifest, FolderLock]:
     """Make or replace the session at ``path`` in the order of FORMAT.md, and give the lock on it, which is ``lock``
-    where the caller has it already. ``pinned`` None keeps what is there (True for a new one)."""
+    where the caller has it already. ``pinned`` None keeps what is there (True for a new one). ``room`` is that of the
+    folder around it; what ``keep`` names stays, so that it can be put back (``revert_bundle``)."""
     sweep(path.absolute().parent)
-    if path.exists() or path.is_symlink():
-        lock = lock or lock_bundle(path)
+    room = room or Room(path.absolute().parent)
+    content = Content(stores, state, session)
+    if not (path.exists() or path.is_symlink()):
+        return _make(path, content, room, pinned=pinned is not False)
+    held = lock
+    lock = held or lock_bundle(path)
+    try:
         old = read_manifest(path)
-        manifest = _publish(path, stores, state, session, pinned=old.pinned if pinned is None else pinned)
-        _remove_unnamed(path, manifest)
-        return manifest, lock
-    return _make(path, stores, state, session, pinned=pinned is not False)
+        return _replace(path, content, room, old, pinned=old.pinned if pinned is None else pinned, keep=keep), lock
+    except BaseException:
+        if held is None:
+            lock.release()
+        raise
 
 
-def _make(
-    path: Path, stores: Sequence[Sealed], state: bytes, session: dict[str, Any], *, pinned: bool
-) -> tuple[Manifest, FolderLock]:
+def revert_bundle(path: Path, manifest: Manifest) -> None:
+    """Put an earlier manifest back, whose files were kept; who calls it holds the lock."""
+    replace_manifest(path, manifest)
+    remove_unnamed(path, manifest)
+
+
+def _replace(
+    path: Path, content: Content, room: Room, old: Manifest, *, pinned: bool, keep: Manifest | None
+) -> Manifest:  # fmt: skip
+    kept = [old] if keep is None else [old, keep]
+    try:
+        manifest = _publish(path, content, room, old, pinned=pinned)
+    except BaseException:
+        remove_unnamed(path, *kept, read_manifest(path))  # which may be the new one, where only its sync failed
+        raise
+    remove_unnamed(path, manifest, *kept[1:])
+    return manifest
+
+
+def _make(path: Path, content: Content, room: Room, *, pinned: bool) -> tuple[Manifest, FolderLock]:
     refuse_temporary(path)
     parent = path.absolute().parent
     try:
@@ -142,104 +167,51 @@ def _make(
     except OSError as error:
         raise storage_error(error, parent / path.name, 0) from error
     try:
-        manifest = _publish(folder, stores, state, session, pinned=pinned)
+        manifest = _publish(folder, content, room, None, pinned=pinned)
         os.rename(folder, path)
-    except OSError as error:
+    except BaseException as error:
         lock.release()
-        raise storage_error(error, path, 0) from error
+        raise storage_error(error, path, 0) if isinstance(error, OSError) else error from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # nothing is there any more after the rename
     sync_folder(parent)
     return manifest, lock
 
 
-def _publish(path: Path, stores: Sequence[Sealed], state: bytes, session: dict[str, Any], *, pinned: bool) -> Manifest:
-    table = b"".join(encode_checksums(store.checksums) for store in stores)
-    names = new_name("checksums"), new_name("state")
-    entries = tuple(_link_store(path, store) for store in stores)
-    for name, data in zip(names, (table, state), strict=True):
-        write_private(path / name, data)
+def _publish(path: Path, content: Content, room: Room, old: Manifest | None, *, pinned: bool) -> Manifest:
+    table = b"".join(encode_checksums(store.checksums) for store in content.stores)
+    files = {new_name("checksums"): table, new_name("state"): content.state}
+    table_name, state_name = files
     manifest = Manifest(
         format=FORMAT_NAME,
         version=VERSION,
-        stores=entries,
-        checksums=ChecksumsEntry(file=names[0], n_bytes=len(table), xxh3_64=f"{checksum(table):016x}"),
-        state=StateEntry(file=names[1], n_bytes=len(state), xxh3_64=f"{checksum(state):016x}"),
+        stores=tuple(_link_store(path, store, room, old) for store in content.stores),
+        checksums=ChecksumsEntry(file=table_name, n_bytes=len(table), xxh3_64=f"{checksum(table):016x}"),
+        state=StateEntry(file=state_name, n_bytes=len(content.state), xxh3_64=f"{checksum(content.state):016x}"),
         pinned=pinned,
         saved_at=time.time(),
-        session=session,
+        session=content.session,
     )
-    sync_folder(path)
-    replace_manifest(path, manifest)
+    with room.taking(on_disk(len(table), len(content.state), len(encode_manifest(manifest)))):
+        for name, data in files.items():
+            write_private(path / name, data)
+        sync_folder(path)
+        replace_manifest(path, manifest)
     return manifest
 
 
-def replace_manifest(path: Path, manifest: Manifest) -> None:
-    """The last step of a save; who calls it holds the lock."""
-    temporary = path / f"{MANIFEST_NAME}.tmp"
-    try:
-        temporary.unlink(missing_ok=True)
-        write_private(temporary, encode_manifest(manifest))
-        os.replace(temporary, path / MANIFEST_NAME)
-    except OSError as error:
-        raise storage_error(error, path / MANIFEST_NAME, 0) from error
-    sync_folder(path)
-
-
-def _link_store(path: Path, store: Sealed) -> StoreEntry:
+def _link_store(path: Path, store: Sealed, room: Room, old: Manifest | None) -> StoreEntry:
     shape = store.shape
-    entries = tuple(_link_segment(path, segment) for segment in store.segments)
+    named = {} if old is None else {s.folder: s for entry in old.stores for s in entry.segments}
+    entries = tuple(bring_segment(path, segment, room, named.get(segment.name)) for segment in store.segments)
     return StoreEntry(n_layers=shape.n_layers, n_slices=shape.n_slices, slice_bytes=shape.slice_bytes, segments=entries)
 
 
-def _link_segment(path: Path, segment: Segment) -> SegmentEntry:
-    """Bring a segment into the session, by hard links, or by copies into a segment of another name."""
-    folder = path / segment.name
-    targets = [folder / layer_file_name(layer) for layer in range(len(segment.files))]
-    pairs = list(zip(segment.files, targets, strict=True))
-    try:
-        if not all(same_file(file, target) for file, target in pairs):
-            shutil.rmtree(folder, ignore_errors=True)
-            if not all(_link(file, target) for file, target in pairs):
-                shutil.rmtree(folder, ignore_errors=True)
-                folder = path / new_name("pages")
-                for (file, target), n_pages in zip(pairs, segment.n_pages, strict=True):
-                    _copy(file, folder / target.name, n_pages)
-            sync_folder(folder)
-    except OSError as error:
-        raise storage_error(error, folder, 0) from error
-    return SegmentEntry(folder=folder.name, n_pages=segment.n_pages)
-
-
-def _link(file: PageFile, target: Path) -> bool:
-    """Whether ``target`` is now the open file; not so across file systems, or when its last name is gone."""
-    target.parent.mkdir(mode=0o700, exist_ok=True)
-    try:  # the folder's descriptor is not looked at, but makes Python call linkat, which can follow /proc's link
-        os.link(f"/proc/self/fd/{file.fd}", target, src_dir_fd=file.fd, follow_symlinks=True)
-    except OSError:
-        return False
-    return same_file(file, target)
-
-
-def _copy(file: PageFile, target: Path, n_pages: int) -> None:
-    target.parent.mkdir(mode=0o700, exist_ok=True)
-    left = file.layout.page_offset(n_pages)
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(f"/proc/self/fd/{file.fd}", "rb") as source:  # a description of its own, without direct I/O
-            while left and (n := os.sendfile(fd, source.fileno(), None, min(left, 1 << 30))):
-                left -= n
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    if left:
-        raise IntegrityError(f"{file.path}: {left:,} bytes are missing at the end")
-
-
-def _remove_unnamed(path: Path, manifest: Manifest) -> None:
-    """What an interrupted save, or the manifest before this one, left behind."""
+def remove_unnamed(path: Path, *manifests: Manifest) -> None:
+    """Delete what an interrupted save, or an earlier manifest, left behind."""
+    named = {MANIFEST_NAME}.union(*(manifest.files for manifest in manifests))
     for entry in os.scandir(path):
-        if entry.name == MANIFEST_NAME or entry.name in manifest.files or not is_known(entry.name):
+        if entry.name in named or not is_known(entry.name):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Pages in files: tier "nvme", direct I/O where the disk takes it, write-behind, checksums per slice."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from .aligned import aligned_empty
 from .bundle_format import new_name
 from .checks import check_page_read, check_pages, check_slice_read
 from .directory import StoreDirectory
-from .disk import free_bytes, probe_direct
+from .disk import probe_direct
 from .engines import build_engine
 from .errors import CapacityError, StorageError, UnavailableError
 from .file_reads import FileTicket, PartRead, VerifyingTicket, all_slices, batch_of, check_slices, put_rows
@@ -20,7 +19,7 @@ from .format import Header, PageLayout, layout_of
 from .page_file import PageFile
 from .plan import Int64Array, plan_read
 from .segments import Sealed, Segment
-from .space import SessionSpace
+from .space import Room
 from .store import Moved, Store, StoreShape, Ticket
 from .tickets import DoneTicket
 from .write_behind import WriteBehind, sync
@@ -36,9 +35,9 @@ class FileStore(Store):
 
     The folder is new, inside ``directory`` (None: the system's for temporary files), and removed by ``close``, when the
     store is dropped and at interpreter exit; a session keeps links to its files. ``direct`` and ``direct_note`` say
-    whether direct I/O is used, and why not. ``max_bytes`` bounds the page bytes allocated on disk by this store and the
-    sessions of ``space``, ``floor_bytes`` what stays free on the disk; sessions that may go are deleted before either
-    fails, ``evicted`` has their names. With ``verify`` every slice read is compared with its checksum.
+    whether direct I/O is used, and why not. ``max_bytes`` bounds what all stores and sessions in ``directory`` take
+    (None: what this store takes), ``floor_bytes`` what stays free on the disk; sessions that may go are deleted before
+    either fails, ``evicted`` has their names. With ``verify`` every slice read is compared with its checksum.
     Memory: one open extent (``extent_bytes``) per layer, 64 MiB of extents in flight, scratch memory of the engine.
 
     Safety: one thread calls the store. Writer threads see only full extents (see ``WriteBehind``), reader threads only
@@ -57,7 +56,6 @@ class FileStore(Store):
         capacity_pages: int = 0,
         max_bytes: int | None = None,
         floor_bytes: int = 0,
-        space: SessionSpace | None = None,
         direct: Direct = "auto",
         n_threads: int = 8,
         extent_bytes: int = 1 << 20,
@@ -67,7 +65,6 @@ class FileStore(Store):
     ) -> None:
         self.shape = shape
         self._layout = layout_of(shape)
-        self._max_bytes, self._floor_bytes, self._space = max_bytes, floor_bytes, space
         self.evicted: list[str] = []
         self._verify = verify
         self._closed = False
@@ -77,17 +74,15 @@ class FileStore(Store):
         )
         self._n_base = [len(layer) for layer in self._checksums]
         self._files: list[PageFile] = []
-        self._check_cap(capacity_pages * shape.n_layers)
         self._engine = build_engine(engine, n_threads=n_threads, directory=directory)
         try:
             self._folder = StoreDirectory(directory)
             self.direct, self.direct_note = _choose_direct(self._folder.path, direct)
-            self._check_floor(capacity_pages * shape.n_layers)
-            headers = [Header(layer, shape) for layer in range(shape.n_layers)]
-            self._files = [
-                PageFile.create(self._folder.path, header, n_pages=capacity_pages, direct=self.direct)
-                for header in headers
-            ]
+            alone = self._folder.path.name if directory is None else None
+            self._room = Room(self._folder.path.parent, max_bytes, floor_bytes, alone)
+            with self._room.taking(shape.n_layers * self._layout.page_offset(capacity_pages)) as evicted:
+                self.evicted += evicted
+                self._files = [self._create(layer, capacity_pages) for layer in range(shape.n_layers)]
         except StorageError:
             self._abandon()
             raise
@@ -96,6 +91,9 @@ class FileStore(Store):
         self._writes = WriteBehind(
             self._files, extent_bytes=extent_bytes, max_in_flight_bytes=IN_FLIGHT_BYTES, pinned=pinned
         )
+
+    def _create(self, layer: int, n_pages: int) -> PageFile:
+        return PageFile.create(self._folder.path, Header(layer, self.shape), n_pages=n_pages, direct=self.direct)
 
     def _parts_of(self, layer: int) -> list[tuple[int, PageFile]]:
         """First page and file of every part of the layer, newest last."""
@@ -253,66 +251,29 @@ class FileStore(Store):
         return FileTicket(parts, out, Moved(cpu=n_copied))
 
     def _make_room(self, layer: int, n_pages: int) -> None:
-        """Grow the layer's own file to ``n_pages`` or, where cap and disk allow, to twice what it has."""
+        """Grow the layer's own file to ``n_pages`` or, where all layers could do so, to twice what it has."""
         file = self._files[layer]
         if n_pages <= file.n_allocated:
             return
-        others = sum(other.n_allocated for other in self._files) - file.n_allocated
-        self._check_cap(others + n_pages)
-        self._check_floor(n_pages - file.n_allocated)
-        wanted = max(n_pages, 2 * file.n_allocated)
-        if self._max_bytes is not None:
-            wanted = max(n_pages, min(wanted, self._max_bytes // self._layout.page_stride - others))
-        if wanted > n_pages and self._free_bytes(wanted - file.n_allocated) < self._floor_bytes:
-            wanted = n_pages
-        try:
-            file.allocate(wanted)
-        except CapacityError:
-            self._allocate_tightly(file, n_pages)
+        stride, wanted = self._layout.page_stride, max(n_pages, 2 * file.n_allocated)
+        with self._room.taking((n_pages - file.n_allocated) * stride) as evicted:
+            self.evicted += evicted
+            if not self._room.fits((wanted - file.n_allocated) * stride * self.shape.n_layers):
+                wanted = n_pages
+            try:
+                file.allocate(wanted)
+            except CapacityError:
+                self._allocate_tightly(file, n_pages)
 
     def _allocate_tightly(self, file: PageFile, n_pages: int) -> None:
         while True:
             try:
                 return file.allocate(n_pages)
             except CapacityError:
-                if not self._evict():
+                name = self._room.evict()
+                if name is None:
                     raise
-
-    def _check_cap(self, n_pages: int) -> None:
-        """``n_pages`` is what all layers together would have allocated."""
-        if self._max_bytes is None:
-            return
-        n_bytes = n_pages * self._layout.page_stride
-        if n_bytes > self._max_bytes:  # deleting sessions would not help
-            raise CapacityError(f"the store would take {n_bytes:,} bytes on disk, the cap is {self._max_bytes:,}")
-        while (n_all := n_bytes + self._session_bytes()) > self._max_bytes:
-            if not self._evict():
-                raise CapacityError(
-                    f"the store and the sessions beside it would take {n_all:,} bytes on disk, the cap is "
-                    f"{self._max_bytes:,}"
-                )
-
-    def _session_bytes(self) -> int:
-        own = {os.fstat(file.fd).st_ino for file in self._files}
-        return 0 if self._space is None else self._space.used_bytes(own)
-
-    def _evict(self) -> bool:
-        name = None if self._space is None else self._space.evict()
-        if name is not None:
-            self.evicted.append(name)
-        return name is not None
-
-    def _check_floor(self, n_more: int) -> None:
-        """Raise CapacityError if ``n_more`` pages would leave less than the floor free, and no room can be made."""
-        while n_more and (left := self._free_bytes(n_more)) < self._floor_bytes:
-            if not self._evict():
-                raise CapacityError(
-                    f"{self.directory}: {n_more * self._layout.page_stride:,} bytes more would leave {max(left, 0):,} "
-                    f"bytes free on the disk, the floor is {self._floor_bytes:,}"
-                )
-
-    def _free_bytes(self, n_more: int) -> int:
-        return free_bytes(self.directory) - n_more * self._layout.page_stride if self._floor_bytes else 0
+                self.evicted.append(name)
 
     def _abandon(self) -> None:
         self._engine.close()

@@ -46,6 +46,11 @@ class FolderLock:
         self._release()
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a folder of that name is a temporary one, as they are made."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def make_locked(parent: Path, prefix: str) -> tuple[Path, FolderLock]:
     """A new folder, mode 0700, whose name begins with ``prefix``, and the lock on it; OSError when it cannot be made.
     On a file system without locks it is not locked, and cannot be swept either."""
@@ -71,7 +76,7 @@ def _without_locking(path: Path) -> FolderLock:
 
 def refuse_temporary(path: Path) -> None:
     """Raise UnavailableError where something that is to stay would be swept away for its name."""
-    if _TEMPORARY.fullmatch(path.name):
+    if is_temporary(path.name):
         raise UnavailableError(f"{path}: what is called so is swept away as temporary; let its name end in .kvo")
 
 
@@ -98,7 +103,7 @@ def sweep(parent: Path) -> list[str]:
 
 def _temporary(parent: Path) -> list[str]:
     try:
-        return [name for name in os.listdir(parent) if _TEMPORARY.fullmatch(name)]
+        return [name for name in os.listdir(parent) if is_temporary(name)]
     except OSError as error:
         raise unusable(error, parent, what="cannot be listed") from error
 

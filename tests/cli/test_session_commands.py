@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import xxhash
-from kvoffload_storage.bundle import read_manifest, replace_manifest
 from kvoffload_storage.disk import keep_read_unit
+from kvoffload_storage.manifests import read_manifest, replace_manifest
 
 from kvoffload import cli
 from kvoffload.runtime import command

@@ -4,7 +4,7 @@ import json
 import stat
 
 import pytest
-from kvoffload_storage.bundle import read_manifest
+from kvoffload_storage.manifests import read_manifest
 from served import SMALL
 
 from kvoffload.config import RuntimeConfig, SamplingConfig

@@ -93,7 +93,12 @@ def read_manifest_bytes(path: Path) -> int:
     return (path / "manifest.json").stat().st_size
 
 
-def test_an_archive_of_holes_is_refused_before_any_is_written(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("n_padding", "why"), [(0, "shorter than the .* of its files"), (1 << 20, "is not a plain file")]
+)
+def test_an_archive_of_holes_is_refused_before_any_is_written(
+    saved: Path, tmp_path: Path, n_padding: int, why: str
+) -> None:
     """Sparse by a PAX header, as GNU tar --sparse writes it: the members' sizes are those of the manifest."""
     out = tmp_path / "holes.tar"
     with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -108,7 +113,9 @@ def test_an_archive_of_holes_is_refused_before_any_is_written(saved: Path, tmp_p
                 else:
                     member.size = file.stat().st_size
                     tar.addfile(member, io.BytesIO(file.read_bytes()))
-    with pytest.raises(IntegrityError, match=r"holes\.tar: .* is not a plain file"):
+    with out.open("ab") as file:
+        file.write(bytes(n_padding))
+    with pytest.raises(IntegrityError, match=rf"holes\.tar: .*{why}"):
         import_bundle(out, tmp_path / "b.kvo")
     assert names(tmp_path) == ["a.kvo", "holes.tar"]
 
@@ -131,6 +138,18 @@ def test_damage_is_told_of_the_archive_and_not_of_a_folder_that_is_gone(saved: P
     with pytest.raises(IntegrityError, match=r"a\.tar/checksums-.*: checksum") as caught:
         import_bundle(exported, saved.parent / "b.kvo")
     assert NEW not in str(caught.value)
+
+
+def test_a_disk_without_room_for_an_archive_takes_none_of_it(
+    saved: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(CapacityError, match=r"b\.kvo: no room for [\d,]+ bytes"):
+        import_bundle(exported, saved.parent / "b.kvo")
+    assert names(saved.parent) == ["a.kvo", "a.tar"]
 
 
 @pytest.mark.parametrize("name", ["write", "fsync"])

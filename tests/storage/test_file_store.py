@@ -24,6 +24,7 @@ from kvoffload_storage import (
 )
 from kvoffload_storage import file as file_module
 from kvoffload_storage import write_behind as write_behind_module
+from kvoffload_storage.format import HEADER_BYTES
 from torch import Tensor
 
 SHAPE = StoreShape(2, 2, 4096)
@@ -322,9 +323,10 @@ def test_where_doubling_does_not_fit_the_need_is_enough(monkeypatch: pytest.Monk
 
 
 def test_growth_stops_at_the_cap() -> None:
-    store = FileStore(None, SHAPE, capacity_pages=4, max_bytes=10 * STRIDE)
+    headers = SHAPE.n_layers * HEADER_BYTES
+    store = FileStore(None, SHAPE, capacity_pages=4, max_bytes=10 * STRIDE + headers)
     store.append(0, pages_of(5))
-    assert store.allocated_bytes == 10 * STRIDE
-    with pytest.raises(CapacityError, match="cap is 81,920"):
+    assert store.allocated_bytes == 9 * STRIDE
+    with pytest.raises(CapacityError, match=f"cap is {81_920 + headers:,}"):
         store.append(0, pages_of(2))
     store.close()

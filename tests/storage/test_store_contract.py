@@ -17,6 +17,7 @@ from kvoffload_storage import (
     aligned_empty,
     available_engines,
 )
+from kvoffload_storage.format import HEADER_BYTES
 from torch import Tensor
 
 ENGINES = [name for name, why_not in available_engines().items() if not why_not]
@@ -186,9 +187,9 @@ def test_a_layer_grows_over_its_capacity(build: Build) -> None:
 
 def test_a_full_store_keeps_the_pages_it_has(build: Build) -> None:
     shape = StoreShape(1, 2, 4096)
-    store, pages = build(shape, max_bytes=5 * 8192), pages_of(shape, 4)
+    store, pages = build(shape, max_bytes=5 * 8192 + HEADER_BYTES), pages_of(shape, 4)
     store.append(0, pages)
-    with pytest.raises(CapacityError, match="40,960"):
+    with pytest.raises(CapacityError, match="45,056"):
         store.append(0, pages_of(shape, 2))
     store.append(0, pages_of(shape, 1, seed=9))
     assert store.n_pages(0) == 5
