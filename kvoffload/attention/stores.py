@@ -57,16 +57,17 @@ def mirror_store(config: RuntimeConfig, folder: Path | None, shape: StoreShape, 
     return FileStore(folder, shape, direct=config.direct, begin=begin, **bounds)
 
 
-def copy_pages(source: Store, target: Store) -> tuple[Moved, Moved]:
-    """Append the pages that ``target`` does not have yet; what was read and written. Checksums are verified where the
-    source has them."""
+def copy_pages(source: Store, target: Store, most: int | None = None) -> tuple[Moved, Moved]:
+    """Append the pages that ``target`` does not have yet, up to ``most`` a layer; what was read and written. Checksums
+    are verified where the source has them."""
     read = written = Moved()
     shape = source.shape
     step = max(1, _COPY_BYTES // shape.page_bytes)
     memory = aligned_empty(step * shape.page_bytes).view(step, shape.n_slices, shape.slice_bytes)
     for layer in range(shape.n_layers):
-        for first in range(target.n_pages(layer), source.n_pages(layer), step):
-            pages = memory[: min(step, source.n_pages(layer) - first)]
+        end = source.n_pages(layer) if most is None else min(most, source.n_pages(layer))
+        for first in range(target.n_pages(layer), end, step):
+            pages = memory[: min(step, end - first)]
             read += source.read_pages(layer, first, pages).wait()
             written += target.append(layer, pages)
     return read, written

@@ -202,16 +202,16 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         """Layers that are built from now on begin with these pages; their files are closed with this cache."""
         self._sealed = {sealed.shape: sealed for sealed in stores}
 
-    def seal(self, directory: Path) -> list[Sealed]:
-        """Files that hold all sealed pages; tiers in memory get some inside ``directory``, which grow from call to
-        call."""
+    def seal(self, directory: Path, *, n_pages: int | None = None) -> list[Sealed]:
+        """Files that hold all sealed pages, or the first ``n_pages`` at least; tiers in memory get some inside
+        ``directory``, which grow from call to call."""
         sealed = []
         for shape, store in self._stores.items():
             files = store.seal()
             if files is None:
                 mirror = self._mirrors.get(shape) or mirror_store(self.config, directory, shape, None)
                 self._mirrors[shape] = mirror
-                self.copied_written += copy_pages(store, mirror)[1]
+                self.copied_written += copy_pages(store, mirror, n_pages)[1]
                 files = mirror.seal()
             sealed.append(files)
         return sealed

@@ -120,8 +120,6 @@ class Chat:
             raise UsageError("/save needs a name that ends in .kvo")
         if not self.session.token_ids:
             raise UsageError("/save: nothing was said yet")
-        if path.exists() and (known is None or known.absolute() != path.absolute()):
-            raise UsageError(f"/save: {str(path)!r} exists already; give another name")
         if not path.absolute().parent.is_dir():
             raise UsageError(f"/save: {str(path.absolute().parent)!r} is not a folder")
         try:
@@ -145,7 +143,7 @@ def _load(settings: Settings, view: ProgressView) -> LoadedModel:
     model_config = load_config(source)
     dtype = pick_dtype(settings.dtype, model_config, device)
     found = find_session(settings, source, model_config, dtype, view)
-    if found is not None and found.unfinished_from is not None:
+    if found is not None and found.unfinished:
         raise UsageError(f"session {str(found.path)!r}: a prefill was broken off; let kvoffload generate finish it")
     tokenizer: Any = load_tokenizer(source, view.load)
     return load_model(source, dtype=dtype, device=device, tokenizer=tokenizer, on_progress=view.load)

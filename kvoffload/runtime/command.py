@@ -69,12 +69,14 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
     with open_session(runtime, settings, expected_tokens=job.plan.context) as session:
         with view.showing():
             if job.prompt:
-                session.prefill(job.prompt, on_progress=view.prefill)
+                session.begin_prefill(job.prompt)
+                session.prompt_end = len(session.token_ids)
             session.finish_prefill(on_progress=view.prefill)
         for note in session.cache.notes:
             view.say(note)
         text = _stream(session, settings, out)
         if session.autosave is not None:
+            session.prompt_end = None
             session.save(session.autosave)
         stats = all_stats(session)
         session.ranks.leave()

@@ -24,12 +24,11 @@ from kvoffload.runtime.events import StreamEvent
 from kvoffload.runtime.page_size import settle_page_size
 from kvoffload.runtime.ranks import rank_config, refuse_files, with_rank_budget
 from kvoffload.runtime.saving import (
-    SavedAs,
     fill_session,
     fill_with_prefix,
     open_session_file,
-    rewrite_if_scattered,
     take_write_lock,
+    tidy,
 )
 from kvoffload.runtime.session import Session
 from kvoffload.runtime.together import feed_ahead, stream_together
@@ -149,7 +148,7 @@ class Runtime:
         else:
             lock = take_write_lock(path)
             try:
-                rewrite_if_scattered(path, lock)
+                tidy(path, lock, config)
                 session = self._restore(path, config)
             except BaseException:
                 lock.release()
@@ -208,5 +207,4 @@ def _filled(session: Session, path: Path, fill: Callable[[Bundle], T]) -> T:
     except BaseException:
         session.close()
         raise
-    session.saved_as = SavedAs(bundle.path.absolute(), bundle.manifest, None)
     return result

@@ -28,12 +28,17 @@ def repair(session: "Session", error: IntegrityError) -> None:
     tensors, states = dump_layers(old)
     sealed = old.seal(session.config.nvme_dir or Path.cwd())
     go_back(session, sealed, tensors, states, error)
+    carry_over(session, old)
+    old.close()
+
+
+def carry_over(session: "Session", old: OffloadCache) -> None:
+    """What the cache before the session's counted."""
     for before, after in zip(old.offloaded, session.cache.offloaded, strict=False):
         after.meter = before.meter
         after.fetch.take_counts(before.fetch)
     session.cache.copied_read += old.copied_read
     session.cache.copied_written += old.copied_written
-    old.close()
 
 
 def go_back(
@@ -45,14 +50,19 @@ def go_back(
     pages = [found.page for found in damage if found.page is not None]
     if not pages:
         raise error
-    cache = OffloadCache(session.model.config, session.config)
-    cache.wrap_store = session.cache.wrap_store
-    cache.begin_with([store.first(min(pages)) for store in sealed])
+    cache = beginning_with(session, sealed, min(pages))
     rewind_cache(cache, tensors, states, session.model.device, n_pages=min(pages))
     cache.copied_read += Moved(nvme=sum(page_bytes(store) for store in sealed))
     session.cache, session.unfinished = cache, True
     session.n_repairs += 1
     session.recomputed_pages += len(pages)
+
+
+def beginning_with(session: "Session", sealed: Sequence[Sealed], n_pages: int) -> OffloadCache:
+    cache = OffloadCache(session.model.config, session.config)
+    cache.wrap_store = session.cache.wrap_store
+    cache.begin_with([store.first(n_pages) for store in sealed])
+    return cache
 
 
 def page_bytes(store: Sealed) -> int:

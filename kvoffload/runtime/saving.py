@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kvoffload_storage.bundle import Bundle, lock_bundle, open_bundle, save_bundle
+from kvoffload_storage.bundle import Bundle, disk_bytes, lock_bundle, open_bundle, remove_unnamed, save_bundle
 from kvoffload_storage.bundle_format import Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
-from kvoffload_storage.locks import FolderLock
+from kvoffload_storage.locks import FolderLock, sweep
 from kvoffload_storage.manifests import read_manifest
-from kvoffload_storage.rewrite import is_scattered, rewrite_bundle
+from kvoffload_storage.rewrite import is_scattered, reclaim_bundle, rewrite_bundle
+from kvoffload_storage.space import Room
 from torch import Tensor
 
 from kvoffload.config import RuntimeConfig, SamplingConfig
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 
 
 class SavedAs:
-    """The file that a session was read from or saved to, and the right to write to it where it is held."""
+    """The file that a session was read from or saved to last, and the right to write to it where it is held."""
 
-    def __init__(self, path: Path, manifest: Manifest, lock: FolderLock | None) -> None:
-        self.path, self.manifest, self.lock = path, manifest, lock
+    def __init__(self, path: Path, lock: FolderLock | None) -> None:
+        self.path, self.lock = path, lock
 
     def release(self) -> None:
         if self.lock is not None:
@@ -50,15 +51,53 @@ def fingerprint(model: Any, config: RuntimeConfig) -> Fingerprint:
     return fingerprint_of(weights_hash(source_of(model.config)), model.config, model.dtype, config)
 
 
-def save_session(session: "Session", path: Path, *, pinned: bool | None = None) -> SavedAs:
+def save_session(session: "Session", path: Path, *, pinned: bool | None, overwrite: bool) -> SavedAs:
     """Save as FORMAT.md says. The right to write is taken for the save alone unless the session holds it already.
-    Raises UsageError when another process has it, or saved there since the session was read."""
+    Raises UsageError when another process has it, or saved there since the session was read, and where another session
+    is that was not to be overwritten; CapacityError, and everything is as it was, where there is no room."""
     refuse_files(session.ranks)
-    known = session.saved_as if session.saved_as and session.saved_as.path == path.absolute() else None
+    whole, saved_as = path.absolute(), session.saved_as
+    tensors, description = _content(session)
+    lock = held = saved_as.lock if saved_as is not None and saved_as.path == whole else None
+    keep = None if session.before is None else session.before.lineage.get(whole)
+    manifest: Manifest | None = None
+    try:
+        lock = held or (lock_bundle(path) if path.exists() else None)
+        if path.exists() and not overwrite:
+            _check_lineage(session, path)
+        manifest, lock = save_bundle(
+            path,
+            session.cache.seal(session.config.nvme_dir or whole.parent),
+            encode_state(tensors),
+            description.model_dump(mode="json"),
+            lock=lock,
+            pinned=pinned,
+            room=room_beside(whole, session.config),
+            keep=keep,
+        )
+        if keep is not None and not session.unfinished:
+            remove_unnamed(path, manifest)
+    except UnavailableError as error:
+        raise UsageError(str(error)) from error
+    finally:
+        if manifest is None and lock is not None and held is None:
+            lock.release()
+    session.lineage[whole] = manifest
+    if held is None and session.autosave != path:
+        lock.release()
+        return SavedAs(whole, None)
+    return SavedAs(whole, lock)
+
+
+def room_beside(path: Path, config: RuntimeConfig) -> Room:
+    """What may be written in the folder that a session lies in."""
+    return Room(path.absolute().parent, config.nvme_max, config.nvme_floor)
+
+
+def _content(session: "Session") -> tuple[dict[str, Tensor], Description]:
     tensors, layers = dump_cache(session.cache)
     tensors["token_ids"] = torch.tensor(session.token_ids, dtype=torch.int64)
-    tensors |= session.state_tensors()
-    description = Description(
+    return tensors | session.state_tensors(), Description(
         model=str(session.model.config.name_or_path),
         fingerprint=fingerprint(session.model, session.config),
         versions=versions(),
@@ -68,23 +107,18 @@ def save_session(session: "Session", path: Path, *, pinned: bool | None = None) 
         prompt_tokens=session.prompt_tokens,
         unfinished=session.unfinished,
         prompt_start=session.prompt_start,
+        prompt_end=session.prompt_end,
         sampling=None if session.sampling is None else session.sampling.model_dump(mode="json"),
         layers=layers,
     )
-    held = known.lock if known is not None else None
-    try:
-        lock = held or (lock_bundle(path) if path.exists() else None)
-        if known is not None and path.exists() and read_manifest(path) != known.manifest:
-            raise UsageError(f"session {str(path)!r} was saved by another process since it was read")
-        sealed = session.cache.seal(session.config.nvme_dir or path.absolute().parent)
-        stored = description.model_dump(mode="json")
-        manifest, lock = save_bundle(path, sealed, encode_state(tensors), stored, lock=lock, pinned=pinned)
-    except UnavailableError as error:
-        raise UsageError(str(error)) from error
-    if held is None and session.autosave != path:
-        lock.release()
-        return SavedAs(path.absolute(), manifest, None)
-    return SavedAs(path.absolute(), manifest, lock)
+
+
+def _check_lineage(session: "Session", path: Path) -> None:
+    known = session.lineage.get(path.absolute())
+    if known is None:
+        raise UsageError(f"{str(path)!r} exists already and is not this session; give another name, or overwrite it")
+    if read_manifest(path) != known:
+        raise UsageError(f"session {str(path)!r} was saved by another process since it was read")
 
 
 def open_session_file(path: Path, config: RuntimeConfig) -> Bundle:
@@ -103,11 +137,17 @@ def take_write_lock(path: Path) -> FolderLock:
         raise UsageError(f"{error}; --session-readonly reads it") from error
 
 
-def rewrite_if_scattered(path: Path, lock: FolderLock) -> None:
-    """Write a session's pages in one piece when they are in many."""
+def tidy(path: Path, lock: FolderLock, config: RuntimeConfig) -> None:
+    """Give back what killed processes left allocated, and write a session's pages in one piece when they are in many
+    and there is room for both."""
+    room = room_beside(path, config)
     try:
-        if is_scattered(read_manifest(path)):
-            rewrite_bundle(path, lock)
+        for folder in {room.folder, config.nvme_dir or room.folder}:
+            if folder.is_dir():
+                sweep(folder)
+        reclaim_bundle(path)
+        if is_scattered(read_manifest(path)) and room.fits(disk_bytes(path)):
+            rewrite_bundle(path, lock, room=room)
     except UnavailableError as error:
         raise UsageError(str(error)) from error
 
@@ -135,6 +175,8 @@ def fill_session(session: "Session", bundle: Bundle) -> Description:
         {key: tensors[key] for key in ("logits", "rng") if key in tensors},
         None if description.sampling is None else SamplingConfig(**description.sampling),
     )
+    session.saved_as = SavedAs(bundle.path.absolute(), None)
+    session.lineage[bundle.path.absolute()] = bundle.manifest
     if session.recomputed_pages and not description.unfinished:
         session.finish_prefill()
     return description

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from kvoffload_storage.errors import IntegrityError
+from kvoffload_storage.bundle_format import Manifest
+from kvoffload_storage.errors import CapacityError, IntegrityError
 from torch import Tensor
 
 from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
-from kvoffload.errors import UsageError
+from kvoffload.errors import OutOfRoomError, UsageError
 from kvoffload.models.batch import Fed
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.compiled import glue_of
@@ -21,6 +22,7 @@ from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.models.step_graph import Replays
 from kvoffload.repeats import capture_of
+from kvoffload.runtime.before import Before, standing, take_back
 from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
@@ -45,9 +47,12 @@ class Session:
         self.cache = OffloadCache(model.config, config, expected_tokens=expected_tokens, owned=stage_layers(model))
         self.token_ids: list[int] = []
         self.saved_as: SavedAs | None = None
+        self.lineage: dict[Path, Manifest] = {}  # where it was read from and saved to, as it was then
+        self.before: Before | None = None  # the prompt that comes in
         self.autosave: Path | None = None
         self.sampling: SamplingConfig | None = None
         self.unfinished, self.prompt_start = False, 0
+        self.prompt_end: int | None = None  # of the newest prompt, while a command answers it
         self._logits: Tensor | None = None
         self._fed_badly: BaseException | None = None
         self._generator: Tensor | None = None  # where sampling goes on
@@ -74,11 +79,12 @@ class Session:
         if self.saved_as is not None:
             self.saved_as.release()
 
-    def save(self, path: str | Path, *, pinned: bool | None = None) -> None:
+    def save(self, path: str | Path, *, pinned: bool | None = None, overwrite: bool = False) -> None:
         """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
         another process. Pages that were saved before are not written again. Raises UsageError when another process
-        writes to it or has saved there since this session was read."""
-        self.saved_as = save_session(self, Path(path), pinned=pinned)
+        writes to it or has saved there since this session was read, or where it is another session's and ``overwrite``
+        does not say that this one takes its place."""
+        self.saved_as = save_session(self, Path(path), pinned=pinned, overwrite=overwrite)
 
     def cancel(self) -> None:
         """End the prefill or generation that runs, or else the next one, before its next chunk or step: it raises
@@ -105,6 +111,7 @@ class Session:
         if not ids:
             raise UsageError("the prompt is empty: at least one token is needed")
         if not self.unfinished:
+            self.before = standing(self)
             self.prompt_start = len(self.token_ids)
         self.token_ids += ids
         self.prompt_tokens += len(ids)
@@ -112,7 +119,8 @@ class Session:
 
     def finish_prefill(self, on_progress: Callable[[Progress], None] | None = None) -> None:
         """Take in the rest of a prompt whose prefill was broken off, in this process or another. With ``autosave`` the
-        session is saved after every chunk."""
+        session is saved after every chunk. A prompt for which files have no room leaves a session as it was before
+        it, unless it was the first one."""
         for progress in self.prefill_chunks():
             if on_progress is not None:
                 on_progress(progress)
@@ -122,14 +130,20 @@ class Session:
         if not self.unfinished:
             return
         self._started_s, self._ttft_s = time.perf_counter(), None
-        while self.unfinished:
-            try:
-                yield from self._prefill_rest()
-            except IntegrityError as error:
-                with torch.inference_mode():
-                    repair(self, error)
-        if self.autosave is not None:
-            self.save(self.autosave)
+        try:
+            while self.unfinished:
+                try:
+                    yield from self._prefill_rest()
+                except IntegrityError as error:
+                    with torch.inference_mode():
+                        repair(self, error)
+            if self.autosave is not None:
+                self.save(self.autosave)
+        except (CapacityError, OutOfRoomError):
+            if self.before is not None:
+                take_back(self, self.before)
+            raise
+        self.before = None
 
     def _prefill_rest(self) -> Iterator[Progress]:
         pending = self.pending
@@ -270,11 +284,17 @@ class Session:
         """Stand where a session file stands; the cache is filled already."""
         self.token_ids, self.sampling = token_ids, sampling
         self.prompt_tokens, self.prompt_start = saved.prompt_tokens, saved.prompt_start
-        self.unfinished = saved.unfinished or self.unfinished
+        self.prompt_end, self.unfinished = saved.prompt_end, saved.unfinished or self.unfinished
         self.restored_tokens = self.cache.get_seq_length()
         self._generator = tensors.get("rng")
         if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
+
+    def put_back(self, before: Before) -> None:
+        """Stand where the session stood before a prompt; the cache does already."""
+        self.token_ids, self.unfinished, self.before = before.token_ids, False, None
+        self.prompt_tokens, self.prompt_start, self.prompt_end = before.prompt
+        self._logits, self._picked = None if before.logits is None else before.logits.to(self.model.device), None
 
     def _rng(self) -> Tensor | None:
         return self._generator if self._sampler is None else self._sampler.state

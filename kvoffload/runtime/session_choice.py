@@ -15,34 +15,47 @@ from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.prompt import follow_up_ids, prompt_ids
 from kvoffload.runtime.saving import check_session, take_write_lock
 from kvoffload.runtime.session import Session
-from kvoffload.runtime.session_file import changed_versions, decode_state, fingerprint_of
+from kvoffload.runtime.session_file import Description, changed_versions, decode_state, fingerprint_of
 from kvoffload.runtime.terminal import ProgressView
 from kvoffload.settings import Settings
 
 
 @dataclass(frozen=True)
 class FoundSession:
-    """A session that fits: its tokens, and where the prompt begins whose prefill was broken off (None: none was)."""
+    """A session that fits: its tokens, and the newest prompt where it is ``unfinished`` in its prefill or where the
+    command that brought it did not end."""
 
     path: Path
     token_ids: list[int]
-    unfinished_from: int | None
+    newest: slice | None
+    unfinished: bool
 
     def prompt(self, text: str, settings: Settings, tokenizer: Any) -> list[int]:
-        """Tokens to append: none where nothing was asked or a prefill goes on; UsageError where another prompt's
-        prefill is not finished."""
+        """Tokens to append: none where nothing was asked or the newest prompt goes on; UsageError where another
+        prompt's prefill is not finished."""
         if not text:
             return []
-        before = self.token_ids[: self.unfinished_from]
-        ids = follow_up_ids(text, settings, tokenizer, before[-1]) if before else prompt_ids(text, settings, tokenizer)
-        if self.unfinished_from is None:
-            return ids
-        if ids != self.token_ids[self.unfinished_from :]:
+        if self.newest is not None:
+            asked = _tokens_behind(self.token_ids[: self.newest.start], text, settings, tokenizer)
+            if asked == self.token_ids[self.newest]:
+                return []
+        if self.unfinished:
             raise UsageError(
                 f"session {str(self.path)!r}: the prefill of another prompt was broken off; give that one, or none, to "
                 "go on with it"
             )
-        return []
+        return _tokens_behind(self.token_ids, text, settings, tokenizer)
+
+
+def _tokens_behind(before: list[int], text: str, settings: Settings, tokenizer: Any) -> list[int]:
+    return follow_up_ids(text, settings, tokenizer, before[-1]) if before else prompt_ids(text, settings, tokenizer)
+
+
+def _newest(description: Description) -> slice | None:
+    """Where the prompt lies that waits for its prefill or its answer."""
+    if description.prompt_end is None and not description.unfinished:
+        return None
+    return slice(description.prompt_start, description.prompt_end or description.n_tokens)
 
 
 def has_session(settings: Settings) -> bool:
@@ -79,7 +92,7 @@ def find_session(
     except FileNotFoundError as error:
         raise IntegrityError(f"{name}: missing") from error
     ids = decode_state(state, description, name)["token_ids"].tolist()
-    return FoundSession(settings.session, ids, description.prompt_start if description.unfinished else None)
+    return FoundSession(settings.session, ids, _newest(description), description.unfinished)
 
 
 def open_session(runtime: Runtime, settings: Settings, *, expected_tokens: int) -> Session:

@@ -41,7 +41,7 @@ class Fingerprint(_Described):
 
 
 class Description(_Described):
-    """A session without its pages and tensors."""
+    """A session without its pages and tensors. ``prompt_end`` is where the prompt ends whose command has not ended."""
 
     model: str
     fingerprint: Fingerprint
@@ -52,6 +52,7 @@ class Description(_Described):
     prompt_tokens: Count
     unfinished: bool
     prompt_start: Count
+    prompt_end: Count | None = None
     sampling: dict[str, Any] | None
     layers: list[LayerState]
 

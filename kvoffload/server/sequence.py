@@ -22,6 +22,7 @@ class Sequence:
     def __init__(self, job: Job, session: Session, cached_tokens: int) -> None:
         self.job, self.session, self.cached_tokens = job, session, cached_tokens
         session.begin_prefill(job.prompt[cached_tokens:])
+        session.before = None  # a session whose prefill fails is closed
         self._chunks = session.prefill_chunks()
         self._events: Generator[StreamEvent, None, None] = session.stream(job.sampling)  # type: ignore[assignment]
         self._watch = LayerWatch()

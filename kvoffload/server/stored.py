@@ -87,9 +87,9 @@ class StoredSessions:
         return session, n_tokens
 
     def store(self, session: Session, name: str) -> Stored:
-        """Save a session that is not in use any more."""
+        """Save a session that is not in use any more, in the place of what has that name."""
         try:
-            session.save(self._path(name))
+            session.save(self._path(name), overwrite=True)
         except FAILURES as error:
             _log.warning("session %s was not stored", name, exc_info=error)
             return Stored(name, f"{type(error).__name__}: the server's log has more")

@@ -169,10 +169,11 @@ def _make(path: Path, content: Content, room: Room, *, pinned: bool) -> tuple[Ma
     try:
         manifest = _publish(folder, content, room, None, pinned=pinned)
         os.rename(folder, path)
-    except BaseException as error:
-        lock.release()
-        raise storage_error(error, path, 0) if isinstance(error, OSError) else error from error
+    except OSError as error:
+        raise storage_error(error, path, 0) from error
     finally:
+        if not path.exists():
+            lock.release()
         shutil.rmtree(folder, ignore_errors=True)  # nothing is there any more after the rename
     sync_folder(parent)
     return manifest, lock
