@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,11 +46,14 @@ def rm(files: Files) -> None:
 
 
 @app.command()
-def fork(file: File, target: Annotated[Path, typer.Argument(metavar="NEW.kvo", show_default=False)]) -> None:
+def fork(
+    file: File, target: Annotated[Path, typer.Argument(metavar="NEW.kvo", show_default=False)],
+    nvme_max: flags.NvmeMax = None, nvme_floor: flags.NvmeFloor = None,
+) -> None:  # fmt: skip
     """Make a second session with the same past; no page is copied."""
     from kvoffload.runtime import session_command
 
-    raise typer.Exit(session_command.run_fork(file, target, sys.stdout))
+    raise typer.Exit(session_command.run_fork(file, target, sys.stdout, _bounds(nvme_max, nvme_floor)))
 
 
 @app.command()
@@ -78,16 +81,25 @@ def export(file: File, out: Annotated[Path, typer.Argument(metavar="OUT.tar", sh
 
 
 @app.command("import")
-def import_(archive: Annotated[Path, typer.Argument(metavar="IN.tar", show_default=False)], file: File) -> None:
+def import_(
+    archive: Annotated[Path, typer.Argument(metavar="IN.tar", show_default=False)], file: File,
+    nvme_max: flags.NvmeMax = None, nvme_floor: flags.NvmeFloor = None,
+) -> None:  # fmt: skip
     """Make a session from an exported file, after checking every byte."""
     from kvoffload.runtime import session_command
 
-    raise typer.Exit(session_command.run_import(archive, file, sys.stdout))
+    raise typer.Exit(session_command.run_import(archive, file, sys.stdout, _bounds(nvme_max, nvme_floor)))
 
 
 @app.command()
-def upgrade(files: Files) -> None:
-    """Verify sessions and write them anew, all pages in one piece. (There is one format so far: version 1.)"""
+def upgrade(files: Files, nvme_max: flags.NvmeMax = None, nvme_floor: flags.NvmeFloor = None) -> None:
+    """Verify sessions and write them anew in one piece; there must be room for both. (One format so far: version 1.)"""
     from kvoffload.runtime import session_command
 
-    raise typer.Exit(session_command.run_upgrade(files, sys.stdout))
+    raise typer.Exit(session_command.run_upgrade(files, sys.stdout, _bounds(nvme_max, nvme_floor)))
+
+
+def _bounds(nvme_max: str | None, nvme_floor: str | None) -> Any:
+    from kvoffload.settings import load_settings
+
+    return load_settings({"nvme_max": nvme_max, "nvme_floor": nvme_floor}).runtime()

@@ -15,7 +15,9 @@ from kvoffload_storage.locks import sweep
 from kvoffload_storage.manifests import read_manifest, replace_manifest
 from kvoffload_storage.rewrite import rewrite_bundle
 
+from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UsageError
+from kvoffload.runtime.saving import room_beside
 from kvoffload.runtime.session_file import changed_versions, describe, read_description
 from kvoffload.runtime.terminal import write_json, write_table
 from kvoffload.units import format_size
@@ -69,9 +71,10 @@ def run_rm(paths: Sequence[Path], out: TextIO) -> int:
     return _each(paths, remove_bundle, "removed", out)
 
 
-def run_upgrade(paths: Sequence[Path], out: TextIO) -> int:
+def run_upgrade(paths: Sequence[Path], out: TextIO, config: RuntimeConfig) -> int:
     """Verify sessions and write them anew in one piece; there is no older format to come from yet."""
-    return _each(paths, rewrite_bundle, f"rewritten in one piece, format version {VERSION}", out)
+    done = f"rewritten in one piece, format version {VERSION}"
+    return _each(paths, lambda path: rewrite_bundle(path, room=room_beside(path, config)), done, out)
 
 
 def run_pin(paths: Sequence[Path], out: TextIO, *, pinned: bool) -> int:
@@ -85,14 +88,17 @@ def run_pin(paths: Sequence[Path], out: TextIO, *, pinned: bool) -> int:
     return _each(paths, pin, "pinned" if pinned else "not pinned: it may be deleted to make room", out)
 
 
-def run_fork(path: Path, target: Path, out: TextIO) -> int:
+def run_fork(path: Path, target: Path, out: TextIO, config: RuntimeConfig) -> int:
     """A second session with the same past; it shares the page files."""
     with _told():
         if target.exists():
             raise UsageError(f"{str(target)!r} exists already")
         bundle = open_bundle(path)
-        save_bundle(target, bundle.stores, bundle.state, bundle.manifest.session)[1].release()
-        bundle.close()
+        content, room = (bundle.stores, bundle.state, bundle.manifest.session), room_beside(target, config)
+        try:
+            save_bundle(target, *content, room=room)[1].release()
+        finally:
+            bundle.close()
     out.write(f"{target}: shares its pages with {path}\n")
     return 0
 
@@ -105,9 +111,10 @@ def run_export(path: Path, target: Path, out: TextIO) -> int:
     return 0
 
 
-def run_import(archive: Path, path: Path, out: TextIO) -> int:
+def run_import(archive: Path, path: Path, out: TextIO, config: RuntimeConfig) -> int:
+    room = room_beside(path, config)
     with _told():
-        manifest = import_bundle(archive, path, read_description)
+        manifest = import_bundle(archive, path, read_description, room=room)
     out.write(f"{path}: {manifest.session['n_tokens']:,} tokens\n")
     return 0
 

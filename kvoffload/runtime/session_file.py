@@ -135,7 +135,7 @@ def decode_state(data: bytes, description: Description, name: object) -> dict[st
     ids = tensors.get("token_ids")
     if ids is None or ids.dtype != torch.int64 or ids.shape != (description.n_tokens,):
         raise IntegrityError(f"{name}: token_ids is not int64 [{description.n_tokens}]")
-    most = max(description.n_in_kv, description.prompt_tokens, description.prompt_start)
+    most = max(description.n_in_kv, description.prompt_tokens, description.prompt_start, description.prompt_end or 0)
     if most > description.n_tokens:
         raise IntegrityError(f"{name}: {description.n_tokens} tokens, expected {most} at least")
     for i, layer in enumerate(description.layers):

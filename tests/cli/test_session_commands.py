@@ -11,8 +11,10 @@ from kvoffload_storage.manifests import read_manifest, replace_manifest
 
 from kvoffload import cli
 from kvoffload.runtime import command
+from kvoffload.runtime.session import Session
 
 TINY = ["generate", "--model", "tiny", "--offload", "nvme", "--page-size", "4", "--recent", "8", "--json", "--quiet"]
+ONCE = [*TINY, "--max-new-tokens", "3"]
 LONG = "a book of pages " * 12
 
 
@@ -73,6 +75,82 @@ def test_a_session_is_made_then_gone_on_with(run: Any, session: Path) -> None:
     assert again.json["restored_tokens"] == n_first + 4
     assert again.json["computed_tokens"] == 1 + len("and then") + 4
     assert run("session", "inspect", session, "--json").json["tokens"] == n_first + 5 + len("and then") + 5
+
+
+@pytest.fixture
+def killed(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A command line that ends without a word when it has the first token of its answer."""
+
+    def kill(*arguments: object) -> Ran:
+        def die(session: Session, *_: object) -> None:
+            next(iter(session.stream()))
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(command, "_stream", die)
+            return run(*arguments)  # type: ignore[no-any-return]
+
+    return kill
+
+
+def n_tokens(run: Any, path: Path) -> int:
+    return int(run("session", "inspect", path, "--json").json["tokens"])
+
+
+def test_a_command_that_was_killed_while_it_answered_goes_on(
+    run: Any, killed: Any, session: Path, tmp_path: Path
+) -> None:
+    ask, fork = [*ONCE, "-p", "and then", "--session", session], tmp_path / "b.kvo"
+    assert run("session", "fork", session, fork).code == 0
+    assert killed(*ask).code == 130
+    again, expected = run(*ask), run(*ask[:-1], fork)
+    assert again.json["text"] == expected.json["text"]
+    assert n_tokens(run, session) == n_tokens(run, fork)
+    deliberate = run(*ask)
+    assert deliberate.json["prompt_tokens"] == expected.json["prompt_tokens"] + len("and then")
+
+
+def test_a_first_prompt_is_in_the_session_once_too(run: Any, killed: Any, tmp_path: Path) -> None:
+    ask = [*ONCE, "-p", "a book", "--session", tmp_path / "a.kvo"]
+    assert killed(*ask).code == 130
+    assert run(*ask).json["prompt_tokens"] == len("a book")
+    assert n_tokens(run, tmp_path / "a.kvo") == len("a book") + 3
+
+
+@pytest.mark.parametrize("prompt", ["so", "and then they"])
+def test_after_a_killed_answer_another_prompt_comes_behind_it(
+    run: Any, killed: Any, session: Path, prompt: str
+) -> None:
+    before = n_tokens(run, session)
+    assert killed(*ONCE, "--session", session, "-p", "and then").code == 130
+    assert run(*ONCE, "--session", session, "-p", prompt).code == 0
+    assert n_tokens(run, session) == before + len("and then") + len(prompt) + 3
+
+
+@pytest.mark.parametrize("command", ["upgrade", "import", "fork"])
+@pytest.mark.parametrize("bound", [("--nvme-max", "100K"), ("--nvme-floor", "100T")])
+def test_no_room_is_exit_code_3_and_changes_nothing(
+    run: Any, session: Path, tmp_path: Path, command: str, bound: tuple[str, str]
+) -> None:
+    assert run("session", "export", session, tmp_path / "x.tar").code == 0
+    before = sorted(tmp_path.rglob("*"))
+    source = {"upgrade": [], "import": [tmp_path / "x.tar"], "fork": [session]}[command]
+    target = session if command == "upgrade" else tmp_path / "b.kvo"
+    ran = run("session", command, *source, target, *bound)
+    assert (ran.code, ran.err.count("\n")) == (3, 1), ran.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_prompt_that_does_not_fit_the_disk_leaves_the_session(run: Any, session: Path) -> None:
+    before = {path: path.read_bytes() for path in session.rglob("*") if path.is_file()}
+    (session.parent / "other.kvo").mkdir()
+    (session.parent / "other.kvo" / "pages").write_bytes(bytes(3 << 19))
+    bounds = ["--nvme-max", "2800K", "--nvme-dir", session.parent, "--prefill-chunk", 40]
+    ran = run(*ONCE, "--session", session, "-p", LONG, *bounds)
+    assert (ran.code, ran.err.count("\n")) == (3, 1), ran.err
+    assert "the cap is" in ran.err
+    assert {path: path.read_bytes() for path in session.rglob("*") if path.is_file()} == before
+    assert run(*ONCE, "--session", session, "-p", "another").code == 0
 
 
 def test_asking_nothing_goes_on_with_the_answer(run: Any, session: Path) -> None:

@@ -266,13 +266,13 @@ def test_a_session_of_pages_in_files_alone_goes_back_too(runtime, ids):
 
 
 def test_no_save_or_rewrite_breaks_the_cap(runtime, ids, tmp_path):
-    path, cap = tmp_path / "pages" / "a.kvo", 2 << 20
+    path, cap = tmp_path / "pages" / "a.kvo", 3 << 19
     path.parent.mkdir()
     rt, told = runtime(budget="100%", nvme_max=cap), []
     for i in range(12):
         try:
             with rt.open_session(path) as session:
-                session.prefill(ids(30, i))
+                session.prefill(ids(60, i))
                 told.append(len(session.token_ids))
         except (CapacityError, OutOfRoomError):
             break
