@@ -283,6 +283,21 @@ def test_no_save_or_rewrite_breaks_the_cap(runtime, ids, tmp_path):
         assert len(again.token_ids) == told[-1]
 
 
+def test_a_save_that_finds_no_room_leaves_what_was_saved(runtime, ids, tmp_path):
+    path = tmp_path / "pages" / "a.kvo"
+    with runtime().session() as session:
+        session.prefill(ids(60))
+        session.save(path)
+        before, saved = set(path.rglob("*")), read_manifest(path)
+        session.step(1)
+        session.config = session.config.model_copy(update={"nvme_max": taken(path.parent)})
+        with pytest.raises(CapacityError, match="the cap is"):
+            session.save(path)
+        assert (set(path.rglob("*")), read_manifest(path)) == (before, saved)
+        session.config = session.config.model_copy(update={"nvme_max": None})
+        session.save(path)
+
+
 def taken(folder):
     """Bytes on the disk of all files below, each counted once."""
     states = [p.lstat() for p in folder.rglob("*") if p.is_file()]
@@ -329,6 +344,7 @@ def test_what_a_fork_or_a_living_store_needs_is_not_given_back(runtime, ids, tmp
         alive.prefill(ids(150))
         alive.save(path)
         alive.prefill(ids(100, 1))
+        alive.cache.stores[0].flush()
         expected = alive.step(1)
         with rt.open_session(path):
             pass
