@@ -177,7 +177,7 @@ def test_a_damaged_session_never_reaches_an_answer(storing, loaded, tmp_path, da
 def test_an_answer_is_given_where_it_cannot_be_stored(serve, tmp_path, monkeypatch):
     served = serve(sessions=str(tmp_path / "stored"))
 
-    def fail(session, path):
+    def fail(session, path, **_):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("kvoffload.runtime.session.Session.save", fail)
