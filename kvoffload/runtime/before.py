@@ -1,6 +1,7 @@
 """Where a session stood before a prompt, to go back to when there is no room for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from kvoffload_storage.bundle import revert_bundle
 from kvoffload_storage.bundle_format import Manifest
+from kvoffload_storage.errors import CapacityError
 from kvoffload_storage.rewrite import reclaim_bundle
 from torch import Tensor
 
-from kvoffload.errors import KvoffloadError
+from kvoffload.errors import KvoffloadError, OutOfRoomError
 from kvoffload.models.cache_state import LayerState, dump_cache, load_cache
 from kvoffload.runtime.repair import beginning_with, carry_over
 
@@ -52,8 +54,20 @@ def standing(session: "Session") -> Before | None:
     )
 
 
+@contextmanager
+def going_back(session: "Session") -> Iterator[None]:
+    """A prompt for which this block finds no room leaves the session as it was before it."""
+    try:
+        yield
+    except (CapacityError, OutOfRoomError):
+        if session.before is not None:
+            _take_back(session, session.before)
+        raise
+    session.before = None
+
+
 @torch.inference_mode()
-def take_back(session: "Session", before: Before) -> None:
+def _take_back(session: "Session", before: Before) -> None:
     """The session, and the file that it saves itself to, as they were; the pages since then are dropped."""
     path, old = session.autosave, session.cache
     manifest = None if path is None else before.lineage.get(path.absolute())

@@ -7,12 +7,12 @@ from typing import Any, Self
 
 import torch
 from kvoffload_storage.bundle_format import Manifest
-from kvoffload_storage.errors import CapacityError, IntegrityError
+from kvoffload_storage.errors import IntegrityError
 from torch import Tensor
 
 from kvoffload.attention.prefill import prepare
 from kvoffload.config import RuntimeConfig, SamplingConfig
-from kvoffload.errors import OutOfRoomError, UsageError
+from kvoffload.errors import UsageError
 from kvoffload.models.batch import Fed
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.compiled import glue_of
@@ -22,7 +22,7 @@ from kvoffload.models.parallel import ALONE, Ranks, stage_layers
 from kvoffload.models.sampling import Sampler, TextStream, end_tokens
 from kvoffload.models.step_graph import Replays
 from kvoffload.repeats import capture_of
-from kvoffload.runtime.before import Before, standing, take_back
+from kvoffload.runtime.before import Before, going_back, standing
 from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
@@ -82,8 +82,8 @@ class Session:
     def save(self, path: str | Path, *, pinned: bool | None = None, overwrite: bool = False) -> None:
         """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
         another process. Pages that were saved before are not written again. Raises UsageError when another process
-        writes to it or has saved there since this session was read, or where it is another session's and ``overwrite``
-        does not say that this one takes its place."""
+        writes to it or has saved there since this session was read, and where another session is without ``overwrite``.
+        """
         self.saved_as = save_session(self, Path(path), pinned=pinned, overwrite=overwrite)
 
     def cancel(self) -> None:
@@ -119,8 +119,7 @@ class Session:
 
     def finish_prefill(self, on_progress: Callable[[Progress], None] | None = None) -> None:
         """Take in the rest of a prompt whose prefill was broken off, in this process or another. With ``autosave`` the
-        session is saved after every chunk. A prompt for which files have no room leaves a session as it was before
-        it, unless it was the first one."""
+        session is saved after every chunk; one that finds no room in files is as before the prompt, if not empty."""
         for progress in self.prefill_chunks():
             if on_progress is not None:
                 on_progress(progress)
@@ -130,7 +129,7 @@ class Session:
         if not self.unfinished:
             return
         self._started_s, self._ttft_s = time.perf_counter(), None
-        try:
+        with going_back(self):
             while self.unfinished:
                 try:
                     yield from self._prefill_rest()
@@ -139,11 +138,6 @@ class Session:
                         repair(self, error)
             if self.autosave is not None:
                 self.save(self.autosave)
-        except (CapacityError, OutOfRoomError):
-            if self.before is not None:
-                take_back(self, self.before)
-            raise
-        self.before = None
 
     def _prefill_rest(self) -> Iterator[Progress]:
         pending = self.pending
@@ -291,7 +285,7 @@ class Session:
             self._logits = tensors["logits"].to(self.model.device)
 
     def put_back(self, before: Before) -> None:
-        """Stand where the session stood before a prompt; the cache does already."""
+        """Stand where it stood before a prompt, as the cache does."""
         self.token_ids, self.unfinished, self.before = before.token_ids, False, None
         self.prompt_tokens, self.prompt_start, self.prompt_end = before.prompt
         self._logits, self._picked = None if before.logits is None else before.logits.to(self.model.device), None
