@@ -81,4 +81,7 @@ def _take_back(session: "Session", before: Before) -> None:
         reclaim_bundle(path)
     load_cache(session.cache, before.tensors, before.states, session.model.device, same_policy=True)
     carry_over(session, old)
-    session.put_back(before)
+    session.token_ids, session.unfinished, session.before = before.token_ids, False, None
+    session.prompt_tokens, session.prompt_start, session.prompt_end = before.prompt
+    logits = before.logits
+    session._logits, session._picked = None if logits is None else logits.to(session.model.device), None

@@ -284,12 +284,6 @@ class Session:
         if "logits" in tensors and not self.unfinished:
             self._logits = tensors["logits"].to(self.model.device)
 
-    def put_back(self, before: Before) -> None:
-        """Stand where it stood before a prompt, as the cache does."""
-        self.token_ids, self.unfinished, self.before = before.token_ids, False, None
-        self.prompt_tokens, self.prompt_start, self.prompt_end = before.prompt
-        self._logits, self._picked = None if before.logits is None else before.logits.to(self.model.device), None
-
     def _rng(self) -> Tensor | None:
         return self._generator if self._sampler is None else self._sampler.state
 
