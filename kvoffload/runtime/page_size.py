@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from kvoffload_storage.bundle import read_manifest
 from kvoffload_storage.disk import keep_read_unit, kept_read_unit, measure_disk
 from kvoffload_storage.errors import StorageError
+from kvoffload_storage.manifests import read_manifest
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.runtime.plan import KVFootprint
