@@ -255,11 +255,11 @@ def prompt_of(*flags: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The prompt's text as the session gets it."""
     seen: list[str] = []
 
-    def stop(self: Session, prompt: list[int], on_progress: Any) -> None:
+    def stop(self: Session, prompt: list[int]) -> None:
         seen.append(self._tokenizer.decode(prompt))
         raise KvoffloadError("enough")
 
-    monkeypatch.setattr(Session, "prefill", stop)
+    monkeypatch.setattr(Session, "begin_prefill", stop)
     assert cli.run([*TINY, *flags]) == 1
     return seen[0]
 
@@ -293,7 +293,7 @@ def test_a_prompt_beyond_the_models_context_is_a_warning_or_refused(
     ran = kvoffload(*TINY, *flags, "--strict-context")
     assert ran.code == 2
     assert "the prompt has 8,193 tokens and the model was made for 8,192" in ran.err
-    monkeypatch.setattr(Session, "prefill", lambda *_, **__: (_ for _ in ()).throw(KvoffloadError("enough")))
+    monkeypatch.setattr(Session, "begin_prefill", lambda *_, **__: (_ for _ in ()).throw(KvoffloadError("enough")))
     ran = kvoffload(*TINY, *flags, "--quiet")
     assert ran.err.startswith("warning: the prompt has 8,193 tokens")
     assert ran.err.count("\n") == 2
