@@ -10,9 +10,10 @@ from pathlib import Path
 
 from .aligned import BLOCK_BYTES
 from .disk import free_bytes
-from .errors import CapacityError, StorageError, UnavailableError
+from .errors import CapacityError, StorageError
 from .locks import REMOVED, FolderLock, is_temporary, make_locked
 from .manifests import read_manifest
+from .page_file import unusable
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Room:
         try:
             fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise UnavailableError(f"{self.folder}: {error.strerror}") from error
+            raise unusable(error, self.folder, what="cannot be locked") from error
         try:
             _flock(fd, fcntl.LOCK_EX)
             yield

@@ -1,5 +1,6 @@
 """Caps, floors, and what may be deleted to make room."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from kvoffload_storage import (
     CapacityError,
     FileStore,
     StoreShape,
+    UnavailableError,
     free_bytes,
     lock_bundle,
     open_bundle,
@@ -53,6 +55,18 @@ def test_a_cap_counts_sessions_and_deletes_the_oldest_that_may_go(tmp_path: Path
     assert names(tmp_path) == ["a.kvo"]
     assert store.n_pages(0) == 32
     store.close()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EMFILE, CapacityError), (errno.EACCES, UnavailableError)])
+def test_a_folder_that_cannot_be_locked_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    def refuse(*args: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(kind, match=os.strerror(number)), Room(tmp_path, max_bytes=1).taking(1):
+        pass
 
 
 def test_a_session_in_use_is_not_deleted(tmp_path: Path) -> None:
