@@ -292,6 +292,7 @@ def test_a_description_that_is_none_is_not_imported(
         (("n_in_kv",), 3),
         (("prompt_tokens",), 10**9),
         (("prompt_start",), -1),
+        (("prompt_end",), 10**9),
         (("fingerprint", "page_size"), 8),
         (("fingerprint", "dtype"), "float16"),
         (("layers", 0, "n_window"), 9),
