@@ -36,7 +36,7 @@ from kvoffload.runtime.plan import Plan, make_plan
 from kvoffload.runtime.prompt import prompt_ids, prompt_text
 from kvoffload.runtime.ranks import all_stats, rank_config, refuse_files
 from kvoffload.runtime.session import Session
-from kvoffload.runtime.session_choice import FoundSession, find_session, has_session, open_session
+from kvoffload.runtime.session_choice import FoundSession, check_unchanged, find_session, has_session, open_session
 from kvoffload.runtime.terminal import ProgressView, plan_title, statistics_line, write_json, write_table
 from kvoffload.settings import S, Settings, to_toml
 from kvoffload.units import AUTO_PAGE, parse_count
@@ -67,6 +67,7 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
         job = accept(settings, view, ranks)
         runtime = Runtime(_load(job, view), settings.runtime())
     with open_session(runtime, settings, expected_tokens=job.plan.context) as session:
+        check_unchanged(session, settings, job.found)
         with view.showing():
             if job.prompt:
                 session.begin_prefill(job.prompt)

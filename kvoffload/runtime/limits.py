@@ -1,5 +1,6 @@
 """How much room this machine has, found out without allocating anything."""
 
+import errno
 import resource
 import tempfile
 from dataclasses import dataclass, replace
@@ -63,6 +64,8 @@ def free_disk_bytes(directory: Path | None) -> int:
             return free_bytes(folder)
     except (OSError, UnavailableError) as error:
         reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UsageError(f"nvme_dir {str(wanted)!r} cannot be written: {reason}") from error
         raise OutOfRoomError(f"nvme_dir {str(wanted)!r} cannot be written: {reason}") from error
 
 

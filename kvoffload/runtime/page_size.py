@@ -5,9 +5,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from kvoffload_storage.disk import keep_read_unit, kept_read_unit, measure_disk
+from kvoffload_storage.disk import (
+    MAX_FILE_BYTES,
+    WRITE_BYTES,
+    free_bytes,
+    keep_read_unit,
+    kept_read_unit,
+    measure_disk,
+)
 from kvoffload_storage.errors import StorageError
 from kvoffload_storage.manifests import read_manifest
+from kvoffload_storage.page_file import unusable
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.runtime.plan import KVFootprint
@@ -32,20 +40,28 @@ def settle_page_size(config: C, model_config: Any, dtype: torch.dtype) -> C:
     if size is None:
         size = PAGE_SIZES[0]
         if config.offload == "nvme":
-            size = page_size_for(read_unit(config.nvme_dir), KVFootprint.of(model_config, dtype).token_bytes)
+            unit = read_unit(config)
+            size = size if unit is None else page_size_for(unit, KVFootprint.of(model_config, dtype).token_bytes)
     return config.model_copy(update={"page_size": size})
 
 
-def read_unit(nvme_dir: Path | None) -> int:
-    """Of that folder's disk, measured for a second if it is not kept there yet. Nothing is kept in the system's folder
-    for temporary files."""
-    if nvme_dir is None:
-        return measure_disk(Path(tempfile.gettempdir())).read_unit
-    nvme_dir.mkdir(parents=True, exist_ok=True)  # page files would make it too
-    unit = kept_read_unit(nvme_dir)
-    if unit is None:
-        unit = keep_read_unit(nvme_dir, measure_disk(nvme_dir).read_unit)
-    return unit
+def read_unit(config: RuntimeConfig) -> int | None:
+    """Of the disk that pages go to, measured for a second if it is not kept there yet; None where there is no room to
+    measure in. Nothing is kept in the system's folder for temporary files."""
+    folder = config.nvme_dir or Path(tempfile.gettempdir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # page files would make it too
+    except OSError as error:
+        raise unusable(error, folder, what="cannot be made a folder for page files") from error
+    unit = None if config.nvme_dir is None else kept_read_unit(folder)
+    if unit is not None:
+        return unit
+    most_bytes = free_bytes(folder) - config.nvme_floor
+    most_bytes = min(most_bytes, MAX_FILE_BYTES, config.nvme_max or MAX_FILE_BYTES)
+    if most_bytes < WRITE_BYTES:
+        return None
+    unit = measure_disk(folder, most_bytes=most_bytes).read_unit
+    return unit if config.nvme_dir is None else keep_read_unit(folder, unit)
 
 
 def known_read_unit(config: RuntimeConfig) -> int | None:

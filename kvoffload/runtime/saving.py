@@ -134,7 +134,8 @@ def take_write_lock(path: Path) -> FolderLock:
     try:
         return lock_bundle(path)
     except UnavailableError as error:
-        raise UsageError(f"{error}; --session-readonly reads it") from error
+        hint = "; --session-readonly reads it" if path.is_dir() else ""
+        raise UsageError(f"{error}{hint}") from error
 
 
 def tidy(path: Path, lock: FolderLock, config: RuntimeConfig) -> None:

@@ -66,6 +66,8 @@ def has_session(settings: Settings) -> bool:
         return False
     if settings.session.suffix != ".kvo":
         raise UsageError(f"session: {str(settings.session)!r} does not end in .kvo")
+    if settings.session.absolute().parent.suffix == ".kvo":
+        raise UsageError(f"session: {str(settings.session.absolute().parent)!r} is one, and another cannot be in it")
     if not settings.session.exists() and settings.session_readonly:
         raise UsageError(f"session {str(settings.session)!r} is not there, and --session-readonly makes none")
     if not settings.session.exists() and not settings.session.absolute().parent.is_dir():
@@ -93,6 +95,12 @@ def find_session(
         raise IntegrityError(f"{name}: missing") from error
     ids = decode_state(state, description, name)["token_ids"].tolist()
     return FoundSession(settings.session, ids, _newest(description), description.unfinished)
+
+
+def check_unchanged(session: Session, settings: Settings, found: FoundSession | None) -> None:
+    """Raise UsageError where the session that was opened is not the one that the prompt was made for."""
+    if session.token_ids != ([] if found is None else found.token_ids):
+        raise UsageError(f"session {str(settings.session)!r} was changed by another process meanwhile: ask again")
 
 
 def open_session(runtime: Runtime, settings: Settings, *, expected_tokens: int) -> Session:

@@ -52,18 +52,25 @@ def run_inspect(path: Path, out: TextIO, *, as_json: bool) -> int:
 
 def run_verify(paths: Sequence[Path], out: TextIO, *, as_json: bool) -> int:
     """Read everything in the sessions; raises IntegrityError at the end if anything is damaged."""
-    reports, first = [], None
+    reports: list[dict[str, Any]] = []
+    first: Exception | None = None
+    missing: UsageError | None = None
     for path in paths:
-        with _told():
-            n_pages, damage = _verify(path)
+        try:
+            with _told():
+                n_pages, damage = _verify(path)
+        except UsageError as error:  # the others are read all the same
+            missing = missing or error
+            reports.append({"session": str(path), "error": str(error)})
+            continue
         reports.append({"session": str(path), "pages": n_pages, "damaged": [str(error) for error in damage]})
         first = first or next(iter(damage), None)
         if not as_json:
             out.write(f"{path}: {n_pages:,} pages, {len(damage) or 'none'} damaged\n")
     if as_json:
         write_json(out, {"sessions": reports})
-    if first is not None:
-        raise first
+    if first is not None or missing is not None:
+        raise first or missing  # type: ignore[misc]
     return 0
 
 
@@ -93,13 +100,15 @@ def run_fork(path: Path, target: Path, out: TextIO, config: RuntimeConfig) -> in
     with _told():
         if target.exists():
             raise UsageError(f"{str(target)!r} exists already")
+        _check_name(target)
         bundle = open_bundle(path)
         content, room = (bundle.stores, bundle.state, bundle.manifest.session), room_beside(target, config)
         try:
             save_bundle(target, *content, room=room)[1].release()
         finally:
             bundle.close()
-    out.write(f"{target}: shares its pages with {path}\n")
+    near = target.stat().st_dev == path.stat().st_dev
+    out.write(f"{target}: {'shares its pages with' if near else 'on another file system, a copy of'} {path}\n")
     return 0
 
 
@@ -112,11 +121,18 @@ def run_export(path: Path, target: Path, out: TextIO) -> int:
 
 
 def run_import(archive: Path, path: Path, out: TextIO, config: RuntimeConfig) -> int:
+    _check_name(path)
     room = room_beside(path, config)
     with _told():
         manifest = import_bundle(archive, path, read_description, room=room)
     out.write(f"{path}: {manifest.session['n_tokens']:,} tokens\n")
     return 0
+
+
+def _check_name(path: Path) -> None:
+    """What is called otherwise, neither ``session ls`` nor ``--nvme-max`` would see."""
+    if path.suffix != ".kvo":
+        raise UsageError(f"{str(path)!r}: let the name of a session end in .kvo")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from .bundle_check import damaged_pages
 from .bundle_format import MANIFEST_MAX_BYTES, MANIFEST_NAME, Manifest, decode_manifest, encode_manifest, new_name
 from .errors import IntegrityError, UnavailableError
 from .format import encode_checksums, layer_file_name, layout_of
-from .locks import NEW, refuse_temporary, sweep, temporary_folder
+from .locks import NEW, refuse_place, sweep, taken, temporary_folder
 from .page_file import PageFile, storage_error, unusable
 from .private_files import sync_folder, write_private
 from .space import Room, on_disk
@@ -45,7 +45,7 @@ def import_bundle(
     it, or the disk has none for it."""
     if path.exists() or path.is_symlink():
         raise UnavailableError(f"{path}: exists already")
-    refuse_temporary(path)
+    refuse_place(path)
     parent = path.absolute().parent
     sweep(parent)
     with _open(archive) as source:
@@ -57,7 +57,7 @@ def import_bundle(
                 sync_folder(parent)
                 return manifest
         except OSError as error:  # not the archive's: those are told by what reads it
-            raise storage_error(error, path, n_bytes) from error
+            raise taken(error, path) or storage_error(error, path, n_bytes) from error
 
 
 def _pack(bundle: Bundle, made: Path) -> None:

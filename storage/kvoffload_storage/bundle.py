@@ -24,7 +24,7 @@ from .bundle_format import (
 from .disk import reads_directly
 from .errors import IntegrityError, UnavailableError
 from .format import Checksums, checksum, decode_checksums, encode_checksums
-from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_temporary, sweep
+from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_place, sweep, taken
 from .manifests import read_manifest, replace_manifest
 from .page_file import storage_error, unusable
 from .private_files import read_checked, sync_folder, write_private
@@ -160,7 +160,7 @@ def _replace(
 
 
 def _make(path: Path, content: Content, room: Room, *, pinned: bool) -> tuple[Manifest, FolderLock]:
-    refuse_temporary(path)
+    refuse_place(path)
     parent = path.absolute().parent
     try:
         folder, lock = make_locked(parent, NEW)
@@ -170,7 +170,7 @@ def _make(path: Path, content: Content, room: Room, *, pinned: bool) -> tuple[Ma
         manifest = _publish(folder, content, room, None, pinned=pinned)
         os.rename(folder, path)
     except OSError as error:
-        raise storage_error(error, path, 0) from error
+        raise taken(error, path) or storage_error(error, path, 0) from error
     finally:
         if not path.exists():
             lock.release()

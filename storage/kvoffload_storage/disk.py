@@ -70,15 +70,15 @@ def reads_directly(file: Path) -> bool:
         return False
 
 
-def measure_disk(directory: Path, seconds: float = 0.5) -> DiskSpeed:
-    """Write, then read, for about ``seconds`` each, in a temporary file of at most 256 MiB."""
+def measure_disk(directory: Path, seconds: float = 0.5, *, most_bytes: int = MAX_FILE_BYTES) -> DiskSpeed:
+    """Write, then read, for about ``seconds`` each, in a temporary file of at most ``most_bytes``, 1 MiB at least."""
     direct, note = probe_direct(directory)
     with temporary_folder(directory, PAGES) as folder:
         path = folder / "layer-0000.kv"
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         file = PageFile(path, os.open(path, flags, 0o600), PageLayout(1, READ_BYTES), direct=direct)
         try:
-            n_bytes, write_s = _write(file, seconds)
+            n_bytes, write_s = _write(file, seconds, most_bytes)
             small_s = _read(file, n_bytes, BLOCK_BYTES, seconds / 2)
             read_s = _read(file, n_bytes, READ_BYTES, seconds / 2)
         except OSError as error:
@@ -135,12 +135,12 @@ def _try_direct(path: Path) -> tuple[bool, str]:
     return True, ""
 
 
-def _write(file: PageFile, seconds: float) -> tuple[int, float]:
+def _write(file: PageFile, seconds: float, most_bytes: int) -> tuple[int, float]:
     """Bytes written and the time until the disk had them."""
     block = aligned_empty(WRITE_BYTES).numpy()
     block[:] = np.random.default_rng(0).integers(0, 256, WRITE_BYTES, dtype=np.uint8)
     n_bytes, start = 0, time.perf_counter()
-    while n_bytes < MAX_FILE_BYTES and (not n_bytes or time.perf_counter() - start < seconds):
+    while not n_bytes or (n_bytes + WRITE_BYTES <= most_bytes and time.perf_counter() - start < seconds):
         write_all(file.fd, block.data, n_bytes)
         n_bytes += WRITE_BYTES
     os.fdatasync(file.fd)

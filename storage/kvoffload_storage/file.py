@@ -189,6 +189,8 @@ class FileStore(Store):
         return sum(self.n_pages(layer) for layer in range(self.shape.n_layers))
 
     def seal(self) -> Sealed:
+        if self._closed:
+            raise UnavailableError(f"{self._files[0].path.parent}: the store is closed")
         self.flush()
         sync(self._files)
         own = tuple(self.n_pages(layer) - n for layer, n in enumerate(self._n_base))

@@ -1,5 +1,6 @@
 """Temporary folders that belong to a living process, told by a lock on the folder itself; others are swept away."""
 
+import errno
 import fcntl
 import os
 import re
@@ -74,10 +75,21 @@ def _without_locking(path: Path) -> FolderLock:
         raise
 
 
-def refuse_temporary(path: Path) -> None:
-    """Raise UnavailableError where something that is to stay would be swept away for its name."""
+def refuse_place(path: Path) -> None:
+    """Raise UnavailableError where something that is to stay would be swept away for its name, or go with the session
+    that it is in."""
     if is_temporary(path.name):
         raise UnavailableError(f"{path}: what is called so is swept away as temporary; let its name end in .kvo")
+    parent = path.absolute().parent
+    if parent.suffix == ".kvo":
+        raise UnavailableError(f"{path}: {parent} is a session, and another one cannot be in it")
+
+
+def taken(error: OSError, path: Path) -> UnavailableError | None:
+    """What it means that a folder could not be renamed to ``path``, where somebody was faster; None otherwise."""
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        return UnavailableError(f"{path}: exists already")
+    return None
 
 
 def sweep(parent: Path) -> list[str]:

@@ -56,6 +56,8 @@ class PageFile:
         """A kept file, for reading; IntegrityError when it is missing, has another header or is too short for
         ``n_pages``."""
         path = directory / layer_file_name(header.layer)
+        if path.exists() and not path.is_file():
+            raise IntegrityError(f"{path}: is no file")
         try:
             fd = os.open(path, _flags(direct) & ~os.O_RDWR | os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
@@ -103,6 +105,7 @@ class PageFile:
 
     def close(self) -> None:
         self._closer()
+        self.fd = -1  # the number may be another file's from now on
 
 
 def write_all(fd: int, view: memoryview, offset: int) -> None:

@@ -1,6 +1,7 @@
 """``--session`` and ``kvoffload session``, run as a user runs them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from kvoffload_storage.disk import keep_read_unit
 from kvoffload_storage.manifests import read_manifest, replace_manifest
 
 from kvoffload import cli
+from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.runtime import command
+from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.session import Session
 
 TINY = ["generate", "--model", "tiny", "--offload", "nvme", "--page-size", "4", "--recent", "8", "--json", "--quiet"]
@@ -323,7 +326,7 @@ def test_counts_that_do_not_fit_the_pages_are_not_imported(
 def test_a_session_may_not_be_called_like_something_temporary(run: Any, session: Path, tmp_path: Path) -> None:
     assert run("session", "export", session, tmp_path / "a.tar").code == 0
     for made in (("import", tmp_path / "a.tar"), ("fork", session)):
-        ran = run("session", *made, tmp_path / "kvoffload-new-mysession")
+        ran = run("session", *made, tmp_path / "kvoffload-new-mysession.kvo")
         assert ran.code == 2
         assert "swept away as temporary" in ran.err
 
@@ -340,3 +343,54 @@ def test_a_session_that_is_not_there_is_bad_input(run: Any, tmp_path: Path, name
     ran = run("session", name, tmp_path / "none.kvo")
     assert ran.code == 2, ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_a_session_that_another_process_changed_meanwhile_is_not_answered(
+    run: Any, session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt was made for the tokens that were there, or for none."""
+    load = command._load
+
+    def meanwhile(*given: Any) -> Any:
+        loaded = load(*given)
+        with Runtime(loaded, fields(session)).open_session(session) as other:
+            other.generate(SamplingConfig(max_new_tokens=2))
+            other.save(session)
+        return loaded
+
+    before = read_manifest(session).session["n_tokens"]
+    monkeypatch.setattr(command, "_load", meanwhile)
+    asked = run(*ONCE, "--session", session, "-p", "and?")
+    assert (asked.code, asked.out) == (2, "")
+    assert "was changed by another process meanwhile" in asked.err
+    assert read_manifest(session).session["n_tokens"] == before + 2
+
+
+def fields(session: Path) -> RuntimeConfig:
+    return RuntimeConfig(offload="nvme", nvme_dir=session.parent, page_size=4, recent=8)
+
+
+@pytest.mark.parametrize("name", ["b", "a.kvo/b.kvo"])
+def test_sessions_that_no_cap_would_count_are_refused(run: Any, session: Path, tmp_path: Path, name: str) -> None:
+    run("session", "export", session, tmp_path / "a.tar")
+    for words in (("fork", session, tmp_path / name), ("import", tmp_path / "a.tar", tmp_path / name)):
+        assert run("session", *words).code == 2
+    assert run(*ONCE, "--session", tmp_path / name, "-p", "x").code == 2
+    assert not (tmp_path / name).exists()
+
+
+def test_verify_reads_the_others_where_one_is_missing(run: Any, session: Path, tmp_path: Path) -> None:
+    damage(session)
+    told = run("session", "verify", tmp_path / "no.kvo", session, "--json")
+    reports = told.json["sessions"]
+    assert told.code == 4
+    assert "there is no such session" in reports[0]["error"]
+    assert len(reports[1]["damaged"]) == 1
+    assert run("session", "verify", tmp_path / "no.kvo").code == 2
+
+
+def test_what_lies_where_a_page_file_should_is_damage(run: Any, session: Path) -> None:
+    file = next(session.glob("pages-*/layer-0001.kv"))
+    file.unlink()
+    os.mkfifo(file)
+    assert run(*ONCE, "--session", session, "-p", "x").code == 4

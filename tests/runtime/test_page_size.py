@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvoffload_storage import disk
+from kvoffload_storage import UnavailableError, disk
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UsageError
@@ -37,7 +37,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders that were measured; the unit is 16 KiB the first time, then 4 KiB."""
     folders: list[Path] = []
 
-    def measure(folder: Path) -> disk.DiskSpeed:
+    def measure(folder: Path, **_: int) -> disk.DiskSpeed:
         folders.append(folder)
         return disk.DiskSpeed(1, 1, 1, (16 if len(folders) == 1 else 4) * KIB, True, "")
 
@@ -108,3 +108,23 @@ def test_a_runtime_settles_its_page_size(tmp_path: Path) -> None:
     disk.keep_read_unit(tmp_path, 1 << 20)
     fields = {"offload": "nvme", "nvme_dir": tmp_path, "page_size": "auto", "self_test": False}
     assert Runtime(load(), checked(fields)).config.page_size == 64
+
+
+def test_a_disk_without_room_to_measure_in_is_not_measured(tmp_path: Path, measured: list[Path]) -> None:
+    for fields in ({"nvme_max": 1 << 19}, {"nvme_floor": 1 << 60}):
+        assert settle(RuntimeConfig(offload="nvme", page_size="auto", nvme_dir=tmp_path, **fields)) == 16
+    assert measured == []
+
+
+def test_a_measurement_keeps_to_the_room_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    write = disk.write_all
+    monkeypatch.setattr(disk, "write_all", lambda fd, view, offset: (sizes.append(len(view)), write(fd, view, offset)))
+    disk.measure_disk(tmp_path, 0.05, most_bytes=3 << 20)
+    assert 1 << 20 <= sum(sizes) <= 3 << 20
+
+
+def test_a_file_where_the_folder_should_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UnavailableError, match="cannot be made a folder"):
+        settle(RuntimeConfig(offload="nvme", page_size="auto", nvme_dir=tmp_path / "file"))

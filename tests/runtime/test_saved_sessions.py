@@ -7,7 +7,7 @@ import stat
 
 import pytest
 import torch
-from kvoffload_storage.errors import CapacityError, IntegrityError
+from kvoffload_storage.errors import CapacityError, IntegrityError, UnavailableError
 from kvoffload_storage.manifests import read_manifest
 from tiny import SMALL
 from torch.testing import assert_close
@@ -526,3 +526,36 @@ def test_a_batch_and_a_broken_off_forward_cannot_be_saved(runtime, ids, tmp_path
         with pytest.raises(Exception, match="a forward was broken off"):
             session.save(tmp_path / "a.kvo")
     assert not os.path.exists(tmp_path / "a.kvo")
+
+
+def test_a_closed_session_writes_nothing(runtime, ids, tmp_path):
+    """Its files' descriptors are others' by then."""
+    session = runtime().session()
+    session.prefill(ids(150))
+    session.close()
+    theirs = [(tmp_path / f"{i}").open("w+b") for i in range(12)]
+    for file in theirs:
+        file.write(bytes(1 << 20))
+        file.flush()
+    for use in (
+        lambda: session.save(tmp_path / "a.kvo"),
+        lambda: session.prefill(ids(5)),
+        lambda: session.step(1),
+        lambda: session.generate(SamplingConfig(max_new_tokens=1)),
+    ):
+        with pytest.raises(UsageError, match="this session is closed"):
+            use()
+    with pytest.raises(UnavailableError, match="the store is closed"):
+        session.cache.stores[0].seal()
+    assert {os.fstat(file.fileno()).st_size for file in theirs} == {1 << 20}
+    assert not (tmp_path / "a.kvo").exists()
+    for file in theirs:
+        file.close()
+
+
+def test_no_session_is_made_inside_another(runtime, ids, tmp_path):
+    with runtime().session() as session:
+        session.prefill(ids(60))
+        session.save(tmp_path / "a.kvo")
+        with pytest.raises(UsageError, match="another one cannot be in it"):
+            session.save(tmp_path / "a.kvo" / "b.kvo")
