@@ -59,6 +59,7 @@ class OffloadCache(OneSequenceARow, DynamicCache):
         self.n_offloaded = len(unbounded)
         self.config, self.exact, self.stepping, self.rectifies, self.fixed = config, False, False, False, False
         self.policies = [policy.build() for policy in config.policy]
+        self._closed = False
         self.broken_off = False  # a step of fixed shapes was, and layers do not agree
         self.anew, self.intake = Anew(self.policies), Intake(self.n_offloaded, self.freezing)
         if self.anew.is_wanted and self.n_offloaded < len(self.layers):
@@ -232,7 +233,13 @@ class OffloadCache(OneSequenceARow, DynamicCache):
                 raise UsageError("a prefill with sliding-window or linear layers cannot be copied")
             mine.copy_prefill(ours)
 
+    def check_open(self) -> None:
+        """Raise UsageError where this is closed: its memory and the numbers of its files may be others' now."""
+        if self._closed:
+            raise UsageError("this session is closed: open another one, or restore what was saved")
+
     def close(self) -> None:
         """Give back memory, files and threads; a second call does nothing."""
+        self._closed = True
         for store in (*self._stores.values(), *self._mirrors.values()):
             store.close()

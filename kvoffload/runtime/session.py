@@ -58,12 +58,10 @@ class Session:
         self._generator: Tensor | None = None  # where sampling goes on
         self._sampler: Sampler | None = None
         self.prompt_tokens = self._new_tokens = self._n_steps = 0
-        self.restored_tokens = self._computed = 0
-        self.n_repairs = self.recomputed_pages = 0
+        self.restored_tokens = self._computed = self.n_repairs = self.recomputed_pages = 0
         self._ttft_s: float | None = None
         self._started_s = self._step_s = 0.0
         self._interrupt = Interrupt(ranks.largest)
-        self._closed = False
         capture = capture_of(model.device) if config.replays_steps and not ranks.several else None
         self.replays = Replays(model, capture, None if capture is None else glue_of(model, config.compile))
         self._picked: Tensor | int | None = None  # the token that the newest step picked
@@ -77,21 +75,15 @@ class Session:
     def close(self) -> None:
         """Give back memory and files; a second call does nothing. What was saved stays."""
         self.cache.close()
-        self._closed = True
         if self.saved_as is not None:
             self.saved_as.release()
-
-    def check_open(self) -> None:
-        """Raise UsageError where this session is closed: its files and memory may be others' now."""
-        if self._closed:
-            raise UsageError("this session is closed: open another one, or restore what was saved")
 
     def save(self, path: str | Path, *, pinned: bool | None = None, overwrite: bool = False) -> None:
         """Save to a session folder, which is made or brought up to date: it has everything that is needed to go on in
         another process. Pages that were saved before are not written again. Raises UsageError when another process
         writes to it or has saved there since this session was read, and where another session is without ``overwrite``.
         """
-        self.check_open()
+        self.cache.check_open()
         self.saved_as = save_session(self, Path(path), pinned=pinned, overwrite=overwrite)
 
     def cancel(self) -> None:
@@ -115,7 +107,7 @@ class Session:
 
     def begin_prefill(self, prompt: str | list[int] | Tensor) -> None:
         """Note a prompt that ``finish_prefill`` or ``prefill_chunks`` takes in."""
-        self.check_open()
+        self.cache.check_open()
         ids = self._encode(prompt)
         if not ids:
             raise UsageError("the prompt is empty: at least one token is needed")
@@ -198,7 +190,6 @@ class Session:
 
     def step(self, token: int) -> Tensor:
         """Feed one token behind all others, under the budget; logits fp32 [vocabulary] of the next one."""
-        self.check_open()
         self._catch_up()
         self.token_ids.append(token)
         return self._catch_up()[0].float()
@@ -224,7 +215,6 @@ class Session:
         """Generate until the end token, a stop string or ``max_new_tokens``: one event a token, the end token included.
         Without ``sampling`` (or its seed) it goes on as the last time, also in a restored session. Raises UsageError
         before a prefill, TimedOutError before the first step that begins later than ``timeout_s``."""
-        self.check_open()
         with self._interrupt.within(timeout_s):
             yield from self._stream(sampling)
 
@@ -333,6 +323,7 @@ class Session:
         if self._fed_badly is not None:
             error, self._fed_badly = self._fed_badly, None
             self._recover(error)
+        self.cache.check_open()
         pending = self.pending
         for token in pending:
             try:
