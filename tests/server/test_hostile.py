@@ -243,7 +243,7 @@ def test_a_thousand_connects_and_disconnects_leave_nothing_behind(serve, tmp_pat
                 served.until(lambda: served.scheduler.n_running > 0)
     served.until_idle()
     served.until(lambda: open_files() <= before)
-    assert not [*tmp_path.iterdir()]
+    served.until(lambda: not [*tmp_path.iterdir()])
     assert asked(served).status_code == 200
 
 
