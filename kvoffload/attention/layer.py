@@ -213,7 +213,7 @@ class LayerCache:
     def take_early(self) -> Asked | None:
         """What was asked for this step early, and is waited for: nothing of it may move before. It is what ``choose``
         gives next."""
-        self._early, self._scored = self.ahead.take(self), None
+        self._early, self._scored, self.n_scorings = self.ahead.take(self), None, 1
         return self._early
 
     def choose(self, query: Tensor, anchor_lse: Tensor, *, early: bool = False) -> Choice:
@@ -311,7 +311,7 @@ class LayerCache:
         self.n_estimated = self.n_pages if self.n_estimated is None else self.n_estimated
         index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes
         if self.completion.uses_scores and not self._index_is_read:
-            state_bytes += index_bytes
+            state_bytes += index_bytes * self.n_scorings
         n_scored, self._n_scored_before = self.meter.scored_rows - self._n_scored_before, self.meter.scored_rows
         index_read = index_bytes * n_scored // self.geometry.rows if self._index_is_read else 0
         self.meter.count_steps(n_steps, self.n_tokens, index_read, state_bytes)

@@ -138,3 +138,21 @@ def test_slices_of_two_layers_in_a_row_land_apart():
 def test_what_chooses_otherwise_is_refused(fields):
     with pytest.raises(ValidationError, match="look_ahead: chooses pages itself"):
         RuntimeConfig(look_ahead=True, **fields)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_an_index_that_is_scored_twice_is_charged_twice(replayed):
+    """By the guess, and by the completion for the true queries; the first layer does not look ahead."""
+    model = family_model("llama")
+    switch_attention(model)
+    fields = {"selector": "quantized:group=16", "completion": "regression", "budget": "32", "look_ahead": True}
+    cache, token, position = prefilled(model, 140, 1, **fields)
+    before = [layer.meter.state_bytes_touched for layer in cache.offloaded]
+    graph, index_bytes = StepGraph(model, cache, record, room_tokens=ROOM), 0
+    for i in range(6):
+        graph.step(token, position + i) if replayed else feed(model, cache, token, first=position + i)
+        index_bytes += cache.offloaded[0].selector.index_bytes
+    touched = [layer.meter.state_bytes_touched - n for layer, n in zip(cache.offloaded, before, strict=True)]
+    cache.close()
+    assert (graph.n_replays > 3) == replayed
+    assert [n - touched[0] for n in touched] == [0, *[index_bytes] * 3]
