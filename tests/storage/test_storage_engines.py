@@ -448,7 +448,7 @@ def test_aio_that_fails_ends_its_batch_and_reads_the_next(kernel: StandInKernel,
     [
         ("pass", ""),
         ("import sys; sys.exit('Function not implemented')", "Function not implemented"),
-        ("import os; os.kill(os.getpid(), 31)", "io_setup ended the probe with -31"),
+        ("import os; os.kill(os.getpid(), 31)", "the system killed the probe (SIGSYS)"),
     ],
 )
 def test_a_probe_says_why_aio_cannot_be_used(probe: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import errno
 import functools
 import os
 import platform
-import subprocess
 import sys
 import weakref
 from collections import deque
@@ -18,6 +17,7 @@ from ..aligned import aligned_empty
 from ..errors import IntegrityError
 from ..page_file import PageFile
 from .base import Engine, PendingRead, ReadBatch, read_fully
+from .probe import why_not
 
 DEPTH = 64
 _SHIFT = 32  # a request's number is its batch's number and, below it, the bytes that it reads
@@ -41,14 +41,7 @@ def why_no_aio() -> str:
     """Why io_submit cannot be used here, or "" if it can; the answer costs one child process, once."""
     if sys.platform != "linux" or platform.machine() not in _CALLS:
         return f"no system call numbers for {sys.platform} on {platform.machine()}"
-    command = [sys.executable, "-I", "-S", "-c", _PROBE, str(_CALLS[platform.machine()][0])]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the probe could not run: {error}"
-    if child.returncode == 0:
-        return ""
-    return (child.stderr.strip().splitlines() or [f"io_setup ended the probe with {child.returncode}"])[-1]
+    return why_not("-I", "-S", "-c", _PROBE, str(_CALLS[platform.machine()][0]))
 
 
 class AioEngine(Engine):

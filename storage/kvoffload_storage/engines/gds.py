@@ -2,8 +2,6 @@
 
 import functools
 import os
-import subprocess
-import sys
 import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from torch import Tensor
 from ..errors import IntegrityError, StorageError
 from ..page_file import PageFile
 from .base import Engine, PendingRead, ReadBatch
+from .probe import why_not
 from .threads import ThreadsEngine
 
 DEVICE = "cuda"
@@ -43,13 +42,9 @@ def why_no_gds(directory: Path | None = None) -> str:
     nearest = next(path for path in (wanted, *wanted.parents) if path.is_dir())  # a store makes its folder later
     try:
         with tempfile.TemporaryDirectory(prefix="probe-", dir=nearest) as folder:
-            command = [sys.executable, "-c", _PROBE, f"{folder}/probe"]
-            child = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
+            return why_not("-c", _PROBE, f"{folder}/probe", timeout_s=_PROBE_S)
+    except OSError as error:
         return f"the probe could not run: {error}"
-    if child.returncode == 0:
-        return ""
-    return (child.stderr.strip().splitlines() or [f"the probe ended with {child.returncode}"])[-1]
 
 
 class GdsEngine(Engine):

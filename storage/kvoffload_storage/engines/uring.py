@@ -3,9 +3,6 @@
 import errno
 import functools
 import os
-import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +11,7 @@ from typing import Any
 
 from ..page_file import PageFile
 from .base import Engine, Filling, PendingRead, ReadBatch, ReadJob, Scratch
+from .probe import why_not
 
 RING_ENTRIES = 32
 
@@ -30,17 +28,7 @@ liburing.io_uring_queue_exit(ring)
 @functools.cache
 def why_no_uring() -> str:
     """Why io_uring cannot be used here, or "" if it can; the answer costs one child process, once."""
-    try:
-        child = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the probe could not run: {error}"
-    if child.returncode == 0:
-        return ""
-    if child.returncode == -signal.SIGILL:
-        return "this build of liburing uses CPU instructions that this machine lacks (SIGILL)"
-    if child.returncode < 0:
-        return f"io_uring_queue_init killed the probe ({signal.Signals(-child.returncode).name})"
-    return (child.stderr.strip().splitlines() or [f"the probe ended with {child.returncode}"])[-1]
+    return why_not("-c", _PROBE)
 
 
 class UringEngine(Engine):
