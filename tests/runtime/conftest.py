@@ -46,3 +46,13 @@ def ids():
         return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
     return draw
+
+
+@pytest.fixture
+def runtime(loaded, tmp_path):
+    """A runtime on the tiny model whose page files lie in a folder of their own."""
+
+    def build(**fields):
+        return Runtime(loaded, RuntimeConfig(**(SMALL | {"offload": "nvme", "nvme_dir": tmp_path / "pages"} | fields)))
+
+    return build

@@ -2,6 +2,7 @@
 
 from kvoffload.models.catalog import LoadedModel, load_model, resolve
 
+TIERS = ["none", "cpu", "nvme"]
 SMALL = {"sinks": 4, "recent": 8, "page_size": 4, "budget": "10%", "self_test": False}
 
 
