@@ -1,4 +1,10 @@
-"""Random page reads of the file store against fio on the same file and offsets, in turn."""
+"""Random page reads of the file store against fio on the same file and offsets, in turn.
+
+What is compared: whole reads of the store, planning, threads and Python in them, with fio's bare system calls. Both are
+never idle: the store always has a ticket waiting behind the one that it reads, as prefetch gives it; a step that asks
+layer by layer drains the queue at the end of each. The store reads into memory as it has it on a CPU device
+(``aligned_empty``, in huge pages where the system has them), fio into memory of its own, in pages of 4 KiB.
+"""
 
 import json
 import resource
