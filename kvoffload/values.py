@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from kvoffload_kernels.completion.reference import SliceSums
 from kvoffload_kernels.dense_attention.reference import weigh
 from kvoffload_kernels.dispatch import merge_parts
 from torch import Tensor
@@ -154,14 +155,15 @@ class KeySample:
 
 @dataclass(frozen=True)
 class Selection:
-    """Slices to read in one layer and forward: int64 [F] each, distinct pairs, in no particular order. ``row_ids``
-    count query rows: the ``n_queries`` queries of row g are g * n_queries and those after it. Where ``wanted`` bool [F]
-    is given, the others are no slices: they fill the lists of a step of fixed shapes."""
+    """Slices to read in one layer and forward: int64 [F] each, distinct pairs, in no particular order unless they are
+    ``by_row``. ``row_ids`` count query rows: the ``n_queries`` queries of row g are g * n_queries and those after it.
+    Where ``wanted`` bool [F] is given, the others are no slices: they fill the lists of a step of fixed shapes."""
 
     row_ids: Tensor
     page_ids: Tensor
     n_queries: int = 1
     wanted: Tensor | None = None
+    by_row: bool = False
 
     def __len__(self) -> int:
         return self.row_ids.shape[0]
@@ -173,7 +175,7 @@ class Selection:
 
     def to(self, device: torch.device) -> "Selection":
         wanted = None if self.wanted is None else self.wanted.to(device)
-        return Selection(self.row_ids.to(device), self.page_ids.to(device), self.n_queries, wanted)
+        return Selection(self.row_ids.to(device), self.page_ids.to(device), self.n_queries, wanted, self.by_row)
 
     def by_query(self) -> "list[Selection]":
         """One selection for each of a row's queries, as single steps would ask; waits for the device."""
@@ -188,7 +190,9 @@ class Fetched:
     """Selected slices on the device: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, ids int64 [F];
     ``row_ids`` count query rows. Where ``wanted`` bool [F] is given, the others are no slices, and nothing in them is
     valid. With ``places`` int64 [F] they lie at those among ``all_keys`` [C, S, D] and ``all_values`` [C, S, Dv], where
-    kernels can read them; ``keys`` and ``values`` are copies then, made when they are first asked for."""
+    kernels can read them; ``keys`` and ``values`` are copies then, made when they are first asked for. ``sums`` are
+    their tilted sums, where the completion asked for them (``Completion.tilt``). ``row_ids`` ascend where they are
+    ``by_row``."""
 
     all_keys: Tensor
     all_values: Tensor
@@ -197,6 +201,8 @@ class Fetched:
     page_ids: Tensor
     wanted: Tensor | None = None
     places: Tensor | None = None
+    sums: SliceSums | None = None
+    by_row: bool = False
 
     @cached_property
     def keys(self) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvoffload_kernels.cache_slots import reference as cache_slots
 from kvoffload_kernels.cache_slots.reference import Hits, Table
 from kvoffload_kernels.completion import reference as completion
-from kvoffload_kernels.completion.reference import SegmentSums, Slices
+from kvoffload_kernels.completion.reference import SegmentSums, Slices, SliceSums, Tilt
 from kvoffload_kernels.decode_step import reference as decode_step
 from kvoffload_kernels.decode_step.reference import Parts
 from kvoffload_kernels.dense_attention import fused
@@ -91,13 +91,26 @@ def fuses_rows(query: Tensor, keys: Tensor, values: Tensor) -> bool:
         return False
     from kvoffload_kernels.sparse_decode import kernel
 
-    return kernel.supports_rows(query, keys, values)
+    return _few_rows(query, keys, values) or kernel.supports_rows(query, keys, values)
+
+
+def _few_rows(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether a program a row attends to these in one launch."""
+    if not _verified("decode_step", query):
+        return False
+    from kvoffload_kernels.decode_step import kernel
+
+    return kernel.begins(query, (keys, values))
 
 
 def attend_rows(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """``sparse_decode.reference.attend_rows``."""
+    if _few_rows(query, keys, values):
+        from kvoffload_kernels.decode_step import kernel as few
+
+        return few.attend_rows(query, keys, values, seen, softcap)
     if fuses_rows(query, keys, values):
         from kvoffload_kernels.sparse_decode import kernel
 
@@ -124,14 +137,15 @@ def score_quantized_pages(
     n_tokens: int,
     page_size: int,
     missing: Tensor | None = None,
+    newest: Tensor | None = None,
 ) -> Tensor:
     """``page_scores.reference.score_pages``."""
-    options = {"n_tokens": n_tokens, "page_size": page_size}
+    index = (query, codes, zero, step, bits)
     if fuses_quantized(query, codes, page_size):
         from kvoffload_kernels.page_scores import kernel
 
-        return kernel.score_pages(query, codes, zero, step, bits, missing=missing, **options)
-    return page_scores.score_pages(query, codes, zero, step, bits, missing=missing, **options)
+        return kernel.score_pages(*index, n_tokens=n_tokens, page_size=page_size, missing=missing, newest=newest)
+    return page_scores.score_pages(*index, n_tokens=n_tokens, page_size=page_size, missing=missing, newest=newest)
 
 
 def attend_quantized_index(
@@ -173,14 +187,15 @@ def score_transform_pages(
     *,
     page_size: int,
     missing: Tensor | None = None,
+    newest: Tensor | None = None,
 ) -> Tensor:
     """``transform_code.reference.score_pages``."""
     index = (query, codes, mean, synthesis, levels)
     if fuses_transform(query, page_size):
         from kvoffload_kernels.transform_code import kernel
 
-        return kernel.score_pages(*index, page_size=page_size, missing=missing)
-    return transform_code.score_pages(*index, page_size=page_size, missing=missing)
+        return kernel.score_pages(*index, page_size=page_size, missing=missing, newest=newest)
+    return transform_code.score_pages(*index, page_size=page_size, missing=missing, newest=newest)
 
 
 def decode_transform(codes: Tensor, levels: Levels) -> Tensor:
@@ -236,26 +251,40 @@ def begin_step(
     return attend_rows(out, *anchors, seen, softcap)
 
 
+def reads_in_place(places: Tensor, heads: int, keys: Tensor, values: Tensor, *, by_row: bool) -> bool:
+    """Whether ``attend_slices_in_parts`` for ``heads`` queries a row takes the slices at these places from where they
+    are, be it pinned host memory, and each only once."""
+    if not places.is_cuda:
+        return True
+    if not by_row or not _verified("decode_step", places):
+        return False
+    from kvoffload_kernels.decode_step import slices
+
+    return slices.takes_slices(heads, keys, values, places.shape[0])
+
+
 def attend_slices_in_parts(
     query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None,
-    places: Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """``sparse_decode.reference.attend_slices`` in as many parts as were made apart."""
+    places: Tensor | None = None, tilt: Tilt | None = None, *, by_row: bool = False,
+) -> tuple[Parts, SliceSums | None]:  # fmt: skip
+    """``decode_step.reference.attend_slices`` in as many parts as were made apart; sums may be left out where there are
+    many slices, or row ids that are not said to ascend (``by_row``)."""
+    given = query, keys, values, row_ids, valid, softcap, places
     if _verified("decode_step", query):
-        from kvoffload_kernels.decode_step import kernel
+        from kvoffload_kernels.decode_step import slices
 
-        if kernel.takes_slices(query, keys, values, row_ids.shape[0]):
-            return kernel.attend_slices(query, keys, values, row_ids, valid, softcap, places)
-    return decode_step.one_part(attend_slices(query, keys, values, row_ids, valid, softcap, places))
+        if by_row and slices.takes_slices(query.shape[1], keys, values, row_ids.shape[0]):
+            return slices.attend_slices(*given, tilt)
+        return decode_step.one_part(attend_slices(*given)), None
+    return decode_step.attend_slices(*given, tilt)
 
 
 def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Parts:
     """``decode_step.reference.rest_of_segments``, or all segments in one part."""
-    if _verified("decode_step", query):
-        from kvoffload_kernels.decode_step import kernel
+    if slices.sums is not None and _verified("decode_step", query):
+        from kvoffload_kernels.decode_step import slices as kernel
 
-        if kernel.takes_slices(query, slices.keys, slices.values, slices.row_ids.shape[0]):
-            return kernel.rest_of_segments(query, segments, slices)
+        return kernel.rest_of_segments(query, segments, slices)
     return decode_step.one_part(estimate_rest(query, segments, slices))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
 from kvoffload.cache.arrived import Arrival
-from kvoffload.cache.fetch import unpack_slices
+from kvoffload.cache.packed import unpack_slices
 from kvoffload.values import Fetched, Partial, by_row, merge
 
 
@@ -66,7 +66,7 @@ def land(layer: LayerCache, arrive: Arrival) -> Fetched:
     arrived = arrive()
     part, slices = arrived.selection, unpack_slices(arrived.data, layer.geometry)
     valid = layer.slices_valid(part)
-    return Fetched(*slices, valid, part.row_ids, part.page_ids, part.wanted, arrived.places)
+    return Fetched(*slices, valid, part.row_ids, part.page_ids, part.wanted, arrived.places, by_row=part.by_row)
 
 
 def attend_anchors(layer: LayerCache, query: Tensor, seen: Tensor) -> Partial:

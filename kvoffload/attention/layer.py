@@ -16,7 +16,8 @@ from kvoffload.attention.upkeep import Upkeep
 from kvoffload.buffers import Room
 from kvoffload.cache.anchors import Anchors
 from kvoffload.cache.arrived import Arrival
-from kvoffload.cache.fetch import Fetch, pack_pages
+from kvoffload.cache.fetch import Fetch
+from kvoffload.cache.packed import pack_pages
 from kvoffload.completion.base import Completion
 from kvoffload.completion.gated import GatedCompletion
 from kvoffload.geometry import Geometry
@@ -263,7 +264,9 @@ class LayerCache:
 
     def ask(self, selection: Selection, *, early: bool = False) -> list[Arrival]:
         """Ask for the slices of a selection; steps of fixed shapes count them elsewhere."""
-        return self.fetch.start(selection) if self.fixed is None else self.fetch.move(selection, early=early)
+        if self.fixed is None:
+            return self.fetch.start(selection)
+        return self.fetch.move(selection, early=early, in_place=not early and not self.completion.reads_slices)
 
     def slices_valid(self, part: Selection) -> Tensor | None:
         """Which tokens of slices count, bool [F, S]; None when all do."""

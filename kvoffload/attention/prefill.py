@@ -10,7 +10,7 @@ from kvoffload.attention.layer import Anchored, LayerCache
 from kvoffload.attention.sample import take_sample
 from kvoffload.attention.stream import stream
 from kvoffload.cache.arrived import Traffic
-from kvoffload.cache.fetch import pack_pages
+from kvoffload.cache.packed import pack_pages
 from kvoffload.values import Partial, merge
 
 

@@ -1,7 +1,7 @@
 """How a step reads: from the attention to its anchors to the exact part and the remainder."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvoffload_kernels.dispatch import attend_slices_in_parts
 from torch import Tensor
@@ -64,8 +64,9 @@ class SelectedPages(Reading):
         arrivals, scores = layer.choose(query, anchors.lse)
         fetched = Fetched.join([land(layer, arrive) for arrive in arrivals])
         slices = fetched.all_keys, fetched.all_values, fetched.row_ids, fetched.valid
-        pages = Parts(*attend_slices_in_parts(query, *slices, layer.geometry.softcap, fetched.places))
-        return pages, layer.completion.estimate_parts(query, fetched, scores)
+        softcap, tilt = layer.geometry.softcap, layer.completion.tilt
+        pages, sums = attend_slices_in_parts(query, *slices, softcap, fetched.places, tilt, by_row=fetched.by_row)
+        return Parts(*pages), layer.completion.estimate_parts(query, replace(fetched, sums=sums), scores)
 
 
 class WrapperReading(Reading):

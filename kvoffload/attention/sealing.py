@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
 from kvoffload.buffers import Room, write_range
-from kvoffload.cache.fetch import pack_pages
+from kvoffload.cache.packed import pack_pages
 from kvoffload.completion.base import Completion
 from kvoffload.repeats import Capture, Repeats
 from kvoffload.rows import join, kind

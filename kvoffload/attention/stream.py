@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
 from kvoffload.cache.arrived import Traffic
-from kvoffload.cache.fetch import unpack_slices
+from kvoffload.cache.packed import unpack_slices
 from kvoffload.values import Pages
 
 _BLOCK_TOKENS = 4096

@@ -7,30 +7,18 @@ from contextlib import contextmanager
 
 import torch
 from kvoffload_kernels.cache_slots.reference import Hits
-from kvoffload_kernels.dispatch import gather_slices
+from kvoffload_kernels.dispatch import gather_slices, reads_in_place
 from kvoffload_storage.aligned import aligned_empty
 from kvoffload_storage.errors import StorageError
 from kvoffload_storage.store import Moved, Store, Ticket
 from torch import Tensor
 
 from kvoffload.cache.arrived import Arrival, Arrived, Traffic
+from kvoffload.cache.packed import unpack_slices
 from kvoffload.cache.slots import Slots
 from kvoffload.geometry import Geometry
 from kvoffload.repeats import on_host
 from kvoffload.values import Pages, Selection
-
-
-def pack_pages(pages: Pages) -> Tensor:
-    """Sealed pages as the store keeps them, uint8 [P, rows, slice_bytes]: [page][row][K|V][S][D]."""
-    keys, values = (t.transpose(0, 1).flatten(2).contiguous() for t in (pages.keys, pages.values))
-    return torch.cat([keys, values], dim=2).view(torch.uint8)
-
-
-def unpack_slices(data: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Views of slices uint8 [..., slice_bytes] as keys [..., S, D] and values [..., S, Dv]."""
-    numbers, size = data.view(geometry.dtype), geometry.page_size
-    keys, values = numbers.split([size * geometry.key_dim, size * geometry.value_dim], dim=-1)
-    return keys.unflatten(-1, (size, geometry.key_dim)), values.unflatten(-1, (size, geometry.value_dim))
 
 
 class Fetch(ABC):
@@ -59,9 +47,10 @@ class Fetch(ABC):
         """Count slices that ``move`` was asked for, as far as it does not itself."""
 
     @abstractmethod
-    def move(self, selection: Selection, *, early: bool = False) -> list[Arrival]:
+    def move(self, selection: Selection, *, early: bool = False, in_place: bool = False) -> list[Arrival]:
         """The same work on the device for every selection of its length; what the host has to do is ``on_host``.
-        ``early`` says that other work comes before the slices are needed."""
+        ``early`` says that other work comes before the slices are needed, ``in_place`` that attention reads them, once,
+        and nothing else does: then they may stay where they are."""
 
     @abstractmethod
     def start(self, selection: Selection) -> list[Arrival]:
@@ -151,11 +140,14 @@ class MappedFetch(Fetch):
         if self.store.tier != "gpu":
             self.decode.moved += Moved(cpu=n_slices * self.geometry.slice_bytes)
 
-    def move(self, selection: Selection, *, early: bool = False) -> list[Arrival]:
+    def move(self, selection: Selection, *, early: bool = False, in_place: bool = False) -> list[Arrival]:
         selection = selection.to(self.device)
         ids, source = self._ids(selection), self._memory().flatten(0, 1)
         admitted = self._admit(selection, ids)
         if admitted is None:
+            slices = unpack_slices(source, self.geometry)
+            if in_place and reads_in_place(ids, self.geometry.group_size, *slices, by_row=selection.by_row):
+                return [lambda: Arrived(selection, source, ids)]
             places = self.slots.reserve(len(selection))
             self.step_bytes = max(self.step_bytes, places.numel())
             gather_slices(source, ids, places, None, selection.wanted)
@@ -219,7 +211,7 @@ class SubmittedFetch(Fetch):
     def note(self, n_slices: int) -> None:
         """``move`` counts what it asks for."""
 
-    def move(self, selection: Selection, *, early: bool = False) -> list[Arrival]:
+    def move(self, selection: Selection, *, early: bool = False, in_place: bool = False) -> list[Arrival]:
         places = self.slots.reserve(len(selection))
         if not early:
             on_host(lambda: self._bring(selection, places)())

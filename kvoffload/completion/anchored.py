@@ -8,6 +8,7 @@ order in (q - q0).
 from typing import ClassVar, Literal
 
 import torch
+from kvoffload_kernels.completion.reference import Tilt
 from kvoffload_kernels.dispatch import estimate_rest, rest_of_segments
 from pydantic import Field
 from torch import Tensor
@@ -41,6 +42,7 @@ class AnchoredCompletionConfig(OffsetsConfigBase):
 
 class AnchoredCompletion(Completion):
     uses_anchor = True
+    reads_slices = False
     row_state = ("_segments",)
 
     def __init__(self, segments: Segments) -> None:
@@ -66,6 +68,10 @@ class AnchoredCompletion(Completion):
 
     def estimate_parts(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Parts:
         return Parts(*rest_of_segments(query, self._segments.sums(), self._segments.slices(fetched)))
+
+    @property
+    def tilt(self) -> Tilt:
+        return Tilt(self._segments.anchor, self._segments.sums().shift)
 
     @property
     def can_hold(self) -> bool:

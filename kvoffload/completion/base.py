@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+from kvoffload_kernels.completion.reference import Tilt
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -35,6 +36,14 @@ class Completion(Rowwise, ABC):
 
     uses_anchor: bool = False
     """Whether the state depends on the anchor; it is then rebuilt around newer queries while generating."""
+
+    reads_slices: bool = True
+    """Whether ``estimate_parts`` looks into the slices, and not only at which they are and at their ``sums``."""
+
+    @property
+    def tilt(self) -> Tilt | None:
+        """What ``estimate_parts`` is given the slices' sums under, if anything."""
+        return None
 
     @abstractmethod
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:

@@ -24,6 +24,8 @@ class NoCompletionConfig(CompletionConfigBase):
 
 
 class NoCompletion(Completion):
+    reads_slices = False
+
     def __init__(self, value_dim: int) -> None:
         self._value_dim = value_dim
 

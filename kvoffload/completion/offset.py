@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from kvoffload_kernels.completion.reference import Tilt
 from pydantic import model_validator
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class OffsetCompletion(Completion):
     def __init__(self, inner: Completion, offset: Tensor) -> None:
         self._inner, self._offset = inner, offset
         self.uses_scores, self.uses_anchor = inner.uses_scores, inner.uses_anchor
+        self.reads_slices = inner.reads_slices
 
     @property
     def index(self) -> KeyIndex | None:
@@ -57,6 +59,10 @@ class OffsetCompletion(Completion):
     def estimate_parts(self, query: Tensor, fetched: Fetched, scores: Tensor) -> Parts | None:
         rest = self._inner.estimate_parts(query, fetched, scores)
         return None if rest is None else Parts(rest.output, rest.lse + self._offset[:, None])
+
+    @property
+    def tilt(self) -> Tilt | None:
+        return self._inner.tilt
 
     @property
     def can_hold(self) -> bool:

@@ -54,7 +54,7 @@ class RegressionCompletion(Completion):
     """Half of a token's weight in the fit is its attention under the anchor, half is the same for all tokens: where
     queries look the fit must hold, and elsewhere it must not run wild."""
 
-    uses_scores, uses_anchor = True, True
+    uses_scores, uses_anchor, reads_slices = True, True, False
     row_state: ClassVar[tuple[str, ...]] = ("index", "_anchor", "_centre", "_log_scale", "_moments")
 
     def __init__(self, ridge: float, geometry: Geometry, device: torch.device) -> None:

@@ -109,7 +109,7 @@ class Segments(Rowwise):
     def slices(self, fetched: Fetched) -> Slices:
         """Fetched slices as kernels take them."""
         slices = fetched.all_keys, fetched.all_values, fetched.valid
-        return Slices(*slices, fetched.row_ids, fetched.page_ids, fetched.places)
+        return Slices(*slices, fetched.row_ids, fetched.page_ids, fetched.places, fetched.sums)
 
     def of_pages(self, page_ids: Tensor) -> Tensor:
         """The segment of each page."""

@@ -37,9 +37,8 @@ class KeyIndex(Rowwise, ABC):
     def score_pages(self, query: Tensor, page_size: int) -> Tensor:
         """Log mass of every page, fp32 [rows, H, P], for the selector, which comes first in a step."""
         if not self.needs_logits and self._fuses(query, page_size):
-            scores = self._fused_pages(query, page_size)
-        else:
-            scores = page_masses(self.score(query), page_size)
+            return self._fused_pages(query, page_size, None if self.room is None else self.room.newest)
+        scores = page_masses(self.score(query), page_size)
         return scores if self.room is None else self.room.bound(scores)
 
     def attend(self, query: Tensor, excluded: Tensor, page_size: int, softcap: float | None) -> Partial:
@@ -55,8 +54,8 @@ class KeyIndex(Rowwise, ABC):
         """Whether the two functions below work for these queries."""
         return False
 
-    def _fused_pages(self, query: Tensor, page_size: int) -> Tensor:
-        """``score_pages`` without any token's logit."""
+    def _fused_pages(self, query: Tensor, page_size: int, newest: Tensor | None) -> Tensor:
+        """``score_pages`` without any token's logit, of the pages up to the ``newest``."""
         raise NotImplementedError
 
     def _fused_attention(self, query: Tensor, excluded: Tensor, page_size: int, softcap: float | None) -> Partial:

@@ -50,11 +50,11 @@ class QuantizedIndex(KeyIndex):
     def _fuses(self, query: Tensor, page_size: int) -> bool:
         return fuses_quantized(query, self._codes.view, page_size)
 
-    def _fused_pages(self, query: Tensor, page_size: int) -> Tensor:
-        missing = self._padding.missing
+    def _fused_pages(self, query: Tensor, page_size: int, newest: Tensor | None) -> Tensor:
         return score_quantized_pages(
-            query, *self._groups(), self._bits, n_tokens=self.span, page_size=page_size, missing=missing
-        )
+            query, *self._groups(), self._bits, n_tokens=self.span, page_size=page_size,
+            missing=self._padding.missing, newest=newest,
+        )  # fmt: skip
 
     def _fused_attention(self, query: Tensor, excluded: Tensor, page_size: int, softcap: float | None) -> Partial:
         return Partial(

@@ -91,8 +91,9 @@ class TransformIndex(KeyIndex):
     def _fuses(self, query: Tensor, page_size: int) -> bool:
         return self._code is not None and fuses_transform(query, page_size)
 
-    def _fused_pages(self, query: Tensor, page_size: int) -> Tensor:
-        return score_transform_pages(query, *self._coded(), page_size=page_size, missing=self._padding.missing)
+    def _fused_pages(self, query: Tensor, page_size: int, newest: Tensor | None) -> Tensor:
+        missing = self._padding.missing
+        return score_transform_pages(query, *self._coded(), page_size=page_size, missing=missing, newest=newest)
 
     def _fused_attention(self, query: Tensor, excluded: Tensor, page_size: int, softcap: float | None) -> Partial:
         return Partial(

@@ -75,7 +75,7 @@ def select_top(
     n_lists, k = list_sizes(n_slices, n_pages, n_heads, pool)
     if n_queries == 1 and bounds == UNBOUNDED and fuses_top_pages(scores, k):
         row_ids, page_ids, wanted = top_pages(scores, anchor_lse, n_heads // n_lists, k, n_wanted)
-        return Selection(row_ids, page_ids, 1, wanted)
+        return Selection(row_ids, page_ids, 1, wanted, by_row=True)
     shares = share_pages(scores, anchor_lse).view(n_sequences, n_heads, n_queries, n_pages)
     query_rows = torch.arange(shares.shape[:3].numel(), device=scores.device).view(n_sequences, n_heads, n_queries)
     lists = (n_sequences, n_lists, n_heads // n_lists, n_queries)

@@ -22,7 +22,7 @@ from kvoffload.bench.kernels import kernels_of
 from kvoffload.bench.phases import KERNELS, Phases
 from kvoffload.bench.prompt_kv import PromptKv
 from kvoffload.bench.runs import FULL, Case, Contender, OurRun, Run, on_device, ours, selection_only, stock
-from kvoffload.cache.fetch import unpack_slices
+from kvoffload.cache.packed import unpack_slices
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError, UsageError
 from kvoffload.models.catalog import load_model, resolve

@@ -6,7 +6,8 @@ from heads import CPU, geometry, random_pages
 from kvoffload_storage import FileStore, LatencyStore, MemoryStore, StoreShape, TracingStore, WrapperStore
 from torch.testing import assert_close
 
-from kvoffload.cache.fetch import MappedFetch, SubmittedFetch, pack_pages, unpack_slices
+from kvoffload.cache.fetch import MappedFetch, SubmittedFetch
+from kvoffload.cache.packed import pack_pages, unpack_slices
 from kvoffload.cache.slots import PageCache, Staging
 from kvoffload.values import Selection
 
@@ -50,6 +51,19 @@ BUILDS = {
 SLOTS = {"staging": lambda: Staging(SHAPE.slice_bytes, CPU), "cache": lambda: PageCache(9, SHAPE.slice_bytes, CPU)}
 PAGES = random_pages(SHAPE, N_PAGES)
 BYTES = pack_pages(PAGES)  # [page, row, slice_bytes]
+
+
+@pytest.mark.parametrize("tier", ["gpu", "cpu"])
+def test_pages_that_attention_alone_reads_may_stay_where_they_are(tier):
+    cls, store = BUILDS[f"mapped-{tier}"]()
+    store.append(0, BYTES)
+    slots, selection = Staging(SHAPE.slice_bytes, CPU), Selection(torch.tensor([0, 1, 1]), torch.tensor([22, 0, 7]))
+    fetch = cls(store, 0, slots, SHAPE)
+    [stay], [come] = (fetch.move(selection, in_place=in_place) for in_place in (True, False))
+    assert stay().data.data_ptr() == store.mapped(0).data_ptr()
+    assert torch.equal(stay().data[stay().places], BYTES[selection.page_ids, selection.row_ids])
+    assert come().data.data_ptr() == slots.data.data_ptr()
+    assert torch.equal(come().data, BYTES[selection.page_ids, selection.row_ids])
 
 
 @pytest.fixture(params=BUILDS)

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from kvoffload_kernels.completion import reference as completion
-from kvoffload_kernels.completion.reference import SegmentSums, Slices, tilted_sums
+from kvoffload_kernels.completion.reference import SegmentSums, Slices, Tilt, slice_sums, tilted_sums
 from kvoffload_kernels.decode_step import reference
 from kvoffload_kernels.merge.reference import merge_parts
 from kvoffload_kernels.sparse_decode.reference import attend_slices
 from torch.testing import assert_close
 
 kernel = pytest.importorskip("kvoffload_kernels.decode_step.kernel", exc_type=ImportError)
+slice_kernel = pytest.importorskip("kvoffload_kernels.decode_step.slices", exc_type=ImportError)
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # kernels/README.md
 ROWS, PAGES = 3, 12
@@ -50,38 +51,72 @@ def test_the_newest_token_is_put_in_place_and_attended_to(
 
 @pytest.mark.parametrize("chunk", [4, 1024])
 @pytest.mark.parametrize("size", [2, 5, 16, 64])
-@pytest.mark.parametrize("row_ids", [[], [2], [0, 2, 2, 0, 2, 0, 2, 2, 2, 2, 2]], ids=len)
+@pytest.mark.parametrize("row_ids", [[], [2], [0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2]], ids=len)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_of_slices_are_all_of_them(row_ids, size, chunk, dtype, monkeypatch):
-    monkeypatch.setattr(kernel, "_CHUNK", chunk)
-    monkeypatch.setattr(kernel, "_PROGRAMS", 2 * ROWS)
+    monkeypatch.setattr(slice_kernel, "_CHUNK", chunk)
+    monkeypatch.setattr(slice_kernel, "_PROGRAMS", 2 * ROWS)
     pages = random(len(row_ids), 2, size, 32, dtype=dtype)
     given = random(ROWS, 3, 32, seed=1), pages[:, 0], pages[:, 1], torch.tensor(row_ids, dtype=torch.int64)
     wanted = (torch.arange(len(row_ids)) % 3 != 1)[:, None].expand(-1, size)
     for valid in (None, wanted, random(len(row_ids), size, seed=4) > 0):
-        assert kernel.takes_slices(*given[:3], len(row_ids))
-        parts = kernel.attend_slices(*given, valid, None)
+        assert slice_kernel.takes_slices(3, *given[1:3], len(row_ids))
+        parts, sums = slice_kernel.attend_slices(*given, valid, None)
         assert_close(reference.joined(parts), attend_slices(*given, valid, None), **CLOSE)
+        assert sums is None
+        tilt = Tilt(random(ROWS, 32, seed=2), random(ROWS, seed=3) + 10)
+        tilted, sums = slice_kernel.attend_slices(*given, valid, None, tilt=tilt)
+        for a, b in zip(tilted, parts, strict=True):
+            assert torch.equal(a, b)
+        assert_close(sums, reference.attend_slices(*given, valid, None, tilt=tilt)[1], **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "value_dim", "heads"), [(64, 48, 1), (96, 96, 3), (128, 128, 7), (256, 256, 16)])
+def test_sums_of_slices_at_every_head_size(dim, value_dim, heads, dtype):
+    row_ids = torch.tensor([0, 0, 2, 2, 2])
+    keys, values = (random(len(row_ids), 16, d, seed=d, dtype=dtype) for d in (dim, value_dim))
+    query, valid = random(ROWS, heads, dim, seed=1) / dim**0.5, random(len(row_ids), 16, seed=4) > 0
+    given = query, keys, values, row_ids, valid, 20.0
+    tilt = Tilt(random(ROWS, dim, seed=2) / dim**0.5, random(ROWS, seed=3))
+    parts, sums = slice_kernel.attend_slices(*given, tilt=tilt)
+    expected, expected_sums = reference.attend_slices(*given, tilt=tilt)
+    assert_close(reference.joined(parts), reference.joined(expected), **CLOSE)
+    assert_close(sums, expected_sums, **CLOSE)
 
 
 @pytest.mark.parametrize("size", [5, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_of_slices_that_lie_elsewhere_are_the_same_to_the_bit(size, dtype):
-    row_ids = torch.tensor([0, 2, 2, 0, 2, 0, 2, 2, 2, 2, 2])
-    pages, places = random(kernel._MOST_SLICES + 1, 2, size, 32, dtype=dtype), torch.randperm(40)[: len(row_ids)]
+    row_ids = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2])
+    pages, places = random(slice_kernel._MOST_SLICES + 1, 2, size, 32, dtype=dtype), torch.randperm(40)[: len(row_ids)]
     query, valid = random(ROWS, 3, 32, seed=1), random(len(row_ids), size, seed=4) > 0
-    assert kernel.takes_slices(query, pages[:, 0], pages[:, 1], len(row_ids))
-    given = kernel.attend_slices(query, pages[:, 0], pages[:, 1], row_ids, valid, None, places)
-    expected = kernel.attend_slices(query, pages[places, 0], pages[places, 1], row_ids, valid, None)
-    for a, b in zip(given, expected, strict=True):
-        assert torch.equal(a, b)
+    assert slice_kernel.takes_slices(3, pages[:, 0], pages[:, 1], len(row_ids))
+    tilt = Tilt(random(ROWS, 32, seed=2), random(ROWS, seed=3))
+    given = slice_kernel.attend_slices(query, pages[:, 0], pages[:, 1], row_ids, valid, None, places, tilt)
+    expected = slice_kernel.attend_slices(query, pages[places, 0], pages[places, 1], row_ids, valid, None, tilt=tilt)
+    for ours, theirs in zip(given, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_does_not_count_is_not_read(dtype):
+    row_ids, size = torch.tensor([0, 0, 2, 2, 2]), 5
+    pages, valid = random(len(row_ids), 2, size, 32, dtype=dtype), random(len(row_ids), size, seed=4) > 0
+    pages[~valid[:, None].expand(-1, 2, -1)] = torch.nan
+    tilt = Tilt(random(ROWS, 32, seed=2), random(ROWS, seed=3))
+    given = slice_kernel.attend_slices(random(ROWS, 3, 32), pages[:, 0], pages[:, 1], row_ids, valid, None, tilt=tilt)
+    assert all(t.isfinite().all() for t in given[1])
+    assert reference.joined(given[0])[0].isfinite().all()
 
 
 def test_what_is_too_much_for_every_program_to_look_at_is_left_to_others():
-    query, slices = torch.zeros(1, 2, 8), torch.zeros(kernel._MOST_SLICES + 1, 4, 8)
-    assert kernel.takes_slices(query, slices, slices, kernel._MOST_SLICES)
-    assert not kernel.takes_slices(query, slices, slices, kernel._MOST_SLICES + 1)
-    assert not kernel.takes_slices(query, slices[:3, :1], slices[:3, :1], 3)
+    query, slices = torch.zeros(1, 2, 8), torch.zeros(slice_kernel._MOST_SLICES + 1, 4, 8)
+    assert slice_kernel.takes_slices(2, slices, slices, slice_kernel._MOST_SLICES)
+    assert not slice_kernel.takes_slices(2, slices, slices, slice_kernel._MOST_SLICES + 1)
+    assert not slice_kernel.takes_slices(2, slices[:3, :1], slices[:3, :1], 3)
+    assert not slice_kernel.takes_slices(65, slices, slices, 3)
     anchors = torch.zeros(1, kernel._MOST_ANCHORS + 1, 8)
     assert not kernel.begins(query, (anchors, anchors))
 
@@ -106,10 +141,15 @@ class Rest:
         mass = sums[..., 0].contiguous()
         self.segments = SegmentSums(anchor, shift, mass, counts[..., 0].contiguous(), sums[..., 1:].contiguous(), ends)
         rows, pages = torch.tensor(fetched, dtype=torch.int64).view(-1, 2).T.contiguous()
-        self.slices = Slices(keys[rows, pages], values[rows, pages], valid[rows, pages], rows, pages)
+        slices = Slices(keys[rows, pages], values[rows, pages], valid[rows, pages], rows, pages)
+        self.slices = replace(slices, sums=slice_sums(Tilt(anchor, shift), slices, dim))
+
+    @property
+    def unsummed(self):
+        return replace(self.slices, sums=None)
 
 
-SOME = [(0, 4), (0, 0), (2, 3), (1, 11), (0, 5), (1, 7), (2, 1), (2, 2), (0, 3)]
+SOME = [(0, 4), (0, 0), (0, 5), (0, 3), (1, 11), (1, 7), (2, 3), (2, 1), (2, 2)]
 EVERYTHING_OF_ROW_0 = [(0, page) for page in range(PAGES)]
 
 
@@ -118,28 +158,25 @@ EVERYTHING_OF_ROW_0 = [(0, page) for page in range(PAGES)]
 @pytest.mark.parametrize(("dim", "value_dim", "heads"), [(64, 48, 1), (96, 96, 4), (128, 128, 7)])
 @pytest.mark.parametrize("fetched", [[], SOME, EVERYTHING_OF_ROW_0], ids=len)
 def test_every_segment_is_what_its_slices_leave(fetched, dim, value_dim, heads, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(kernel, "_CHUNK", chunk)
+    monkeypatch.setattr(slice_kernel, "_CHUNK", chunk)
     case = Rest(fetched, dim, value_dim, heads, dtype)
-    given = kernel.rest_of_segments(case.query, case.segments, case.slices)
-    expected = reference.rest_of_segments(case.query, case.segments, case.slices)
+    given = slice_kernel.rest_of_segments(case.query, case.segments, case.slices)
+    expected = reference.rest_of_segments(case.query, case.segments, case.unsummed)
     there = ~expected[1].isneginf().all(-1)
     assert_close(given[1], expected[1], **CLOSE)
     assert_close(given[0][there], expected[0][there], **CLOSE)
     assert given[0].isfinite().all()
-    whole = completion.estimate_rest(case.query, case.segments, case.slices)
+    whole = completion.estimate_rest(case.query, case.segments, case.unsummed)
     for parts in (given, expected):
         assert_close(reference.joined(parts), whole, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_segments_lose_slices_that_lie_elsewhere_too(dtype):
+def test_segments_lose_slices_that_lie_elsewhere_or_are_summed_too(dtype):
     case = Rest(SOME, 64, 48, 3, dtype)
-    expected = kernel.rest_of_segments(case.query, case.segments, case.slices)
-    given = kernel.rest_of_segments(case.query, case.segments, scattered(case.slices))
-    for a, b in zip(given, expected, strict=True):
-        assert torch.equal(a, b)
-    twin = reference.rest_of_segments(case.query, case.segments, scattered(case.slices))
-    assert_close(twin, reference.rest_of_segments(case.query, case.segments, case.slices))
+    expected = reference.rest_of_segments(case.query, case.segments, case.unsummed)
+    for slices in (scattered(case.unsummed), case.slices):
+        assert_close(reference.rest_of_segments(case.query, case.segments, slices), expected)
 
 
 def scattered(slices):
@@ -156,9 +193,9 @@ def scattered(slices):
 def test_where_rounded_sums_say_nothing_the_whole_segments_means_stand_in():
     case = Rest(SOME, 64, 48, 3, torch.float32)
     segments = replace(case.segments, sums=case.segments.sums.bfloat16(), rounding=0.9)
-    given = kernel.rest_of_segments(case.query, segments, case.slices)
-    assert_close(given, reference.rest_of_segments(case.query, segments, case.slices), **CLOSE)
-    exact = reference.rest_of_segments(case.query, case.segments, case.slices)
+    given = slice_kernel.rest_of_segments(case.query, segments, case.slices)
+    assert_close(given, reference.rest_of_segments(case.query, segments, case.unsummed), **CLOSE)
+    exact = reference.rest_of_segments(case.query, case.segments, case.unsummed)
     assert (given[0] - exact[0]).abs().max() > 0.01  # the case is one where it matters
 
 

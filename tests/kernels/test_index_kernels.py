@@ -50,6 +50,9 @@ def test_page_masses_are_those_of_the_restored_keys(twin, dim, bits, heads, miss
     scores = twin.score_pages(*given, n_tokens=n_tokens, page_size=8, missing=missing)
     logits, _ = definition(*given, n_tokens, missing)
     assert_close(scores.double(), logits.unflatten(-1, (-1, 8)).logsumexp(-1), **CLOSE)
+    bounded = twin.score_pages(*given, n_tokens=n_tokens, page_size=8, missing=missing, newest=torch.tensor([6]))
+    assert torch.equal(bounded[..., :7], scores[..., :7])
+    assert bounded[..., 7:].isneginf().all()
 
 
 @pytest.mark.parametrize(("group", "page_size"), [(16, 16), (32, 1), (64, 16), (128, 32)])

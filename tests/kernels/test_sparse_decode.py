@@ -6,6 +6,7 @@ from kvoffload_kernels.sparse_decode import reference
 from torch.testing import assert_close
 
 kernel = pytest.importorskip("kvoffload_kernels.sparse_decode.kernel", exc_type=ImportError)
+step_kernel = pytest.importorskip("kvoffload_kernels.decode_step.kernel", exc_type=ImportError)
 
 ROUNDED = {"atol": 1e-4, "rtol": 1e-4}  # the query and the weights as two bf16 halves each (kernels/README.md)
 ROWS, GROUP, SIZE, KEY_DIM, VALUE_DIM = 4, 3, 5, 6, 7
@@ -128,7 +129,7 @@ def test_one_program_for_many_tiles_of_slices_gives_what_many_give(monkeypatch):
     assert_close(given, dense(3 * query, keys, values, row_ids), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("twin", [reference, kernel], ids=["reference", "triton"])
+@pytest.mark.parametrize("twin", [reference, kernel, step_kernel], ids=["reference", "triton", "one launch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("n_tokens", "seen_rows", "softcap"), [(96, 1, None), (40, ROWS, 1.5), (128, ROWS, None), (8, 1, None)]

@@ -51,6 +51,9 @@ def test_page_masses_are_those_of_the_restored_keys(twin, dim, bits, heads, miss
     scores = twin.score_pages(*given, page_size=8, missing=missing)
     logits, _ = definition(*given, missing)
     assert_close(scores.double(), logits.unflatten(-1, (-1, 8)).logsumexp(-1), **CLOSE)
+    bounded = twin.score_pages(*given, page_size=8, missing=missing, newest=torch.tensor([2]))
+    assert torch.equal(bounded[..., :3], scores[..., :3])
+    assert bounded[..., 3:].isneginf().all()
 
 
 @pytest.mark.parametrize(("dim", "bits"), [(64, 2.25), (96, 2.0), (128, 2.5), (256, 1.0), (64, 0.25), (80, 0.5)])

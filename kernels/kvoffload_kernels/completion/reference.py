@@ -1,6 +1,7 @@
 """Tilted sums of pages, and their removal from a fixed-size summary (kernels/README.md, "Completion")."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,10 +32,25 @@ class SegmentSums:
         return torch.bucketize(page_ids, self.ends, right=True)
 
 
+class Tilt(NamedTuple):
+    """What tokens are weighed by, w = e^(q0 . k - c): the anchor q0 fp32 [rows, D] and its log scale c fp32 [rows]."""
+
+    anchor: Tensor
+    shift: Tensor
+
+
+class SliceSums(NamedTuple):
+    """Tilted sums of slices, fp32: of w and of tokens [F, 2], and of w k and w v beside each other [F, D + Dv]."""
+
+    masses: Tensor
+    sums: Tensor
+
+
 @dataclass(frozen=True)
 class Slices:
     """Fetched slices: keys [F, S, D], values [F, S, Dv], valid bool [F, S] or None, and the query row and the page
-    of each, int64 [F]. With ``places`` int64 [F] they are those among keys [C, S, D] and values [C, S, Dv]."""
+    of each, int64 [F]. With ``places`` int64 [F] they are those among keys [C, S, D] and values [C, S, Dv]; with
+    ``sums`` those under the segments' tilt, and nothing else of them need be read."""
 
     keys: Tensor
     values: Tensor
@@ -42,6 +58,7 @@ class Slices:
     row_ids: Tensor
     page_ids: Tensor
     places: Tensor | None = None
+    sums: SliceSums | None = None
 
     def side_by_side(self) -> "Slices":
         """Without places: copies where there are any."""
@@ -73,9 +90,9 @@ def what_is_left(n_queries: int, segments: SegmentSums, slices: Slices) -> tuple
         for t in (segments.anchor, segments.shift, segments.mass, segments.counts, segments.sums.float())
     )
     state = torch.cat([mass[..., None], sums, counts[..., None]], -1)
-    left_over = remove_slices(
-        state, _slice_sums(anchor, shift, slices, sums.shape[-1]), slices.row_ids, segments.of_pages(slices.page_ids)
-    )
+    taken = slices.sums or slice_sums(Tilt(anchor, shift), slices, sums.shape[-1] - slices.values.shape[-1])
+    gone = torch.cat([taken.masses[:, :1], taken.sums, taken.masses[:, 1:]], -1)
+    left_over = remove_slices(state, gone, slices.row_ids, segments.of_pages(slices.page_ids))
     left_mass, n_left = left_over[..., 0], left_over[..., -1]
     left = (n_left > 0.5) & (left_mass > EMPTY * mass)
     known = (left & (left_mass > segments.rounding * mass))[..., None]
@@ -98,13 +115,13 @@ def estimate_rest(query: Tensor, segments: SegmentSums, slices: Slices) -> tuple
     return weigh(logits, means[..., key_dim:])
 
 
-def _slice_sums(anchor: Tensor, shift: Tensor, slices: Slices, n_channels: int) -> Tensor:
-    """What each slice put into its segment, fp32 [F, 1 + n_channels + 1], its token count last."""
+def slice_sums(tilt: Tilt, slices: Slices, key_dim: int) -> SliceSums:
+    """What each slice put into its segment, if that keeps ``key_dim`` channels of the keys (D or 0)."""
     slices = slices.side_by_side()
-    rows, key_dim = slices.row_ids, n_channels - slices.values.shape[-1]
+    rows = slices.row_ids
     log_valid = torch.zeros(slices.keys.shape[:2], device=rows.device)
     if slices.valid is not None:
         log_valid = log_valid.masked_fill(~slices.valid, -torch.inf)
-    logits = torch.einsum("fd,fsd->fs", anchor[rows], slices.keys.float()) + log_valid
-    sums = tilted_sums(slices.keys[..., :key_dim], slices.values, logits - shift[rows][:, None])
-    return torch.cat([sums, log_valid.exp().sum(-1, keepdim=True)], -1)
+    logits = torch.einsum("fd,fsd->fs", tilt.anchor[rows], slices.keys.float()) + log_valid
+    sums = tilted_sums(slices.keys[..., :key_dim], slices.values, logits - tilt.shift[rows][:, None])
+    return SliceSums(torch.stack([sums[:, 0], log_valid.exp().sum(-1)], -1), sums[:, 1:].contiguous())

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kvoffload_kernels.completion.reference import SegmentSums, Slices, what_is_left
+from kvoffload_kernels.completion.reference import SegmentSums, Slices, SliceSums, Tilt, slice_sums, what_is_left
 from kvoffload_kernels.merge import reference as merge
+from kvoffload_kernels.sparse_decode import reference as sparse_decode
 from kvoffload_kernels.sparse_decode.reference import attend_rows
 
 Parts = tuple[Tensor, Tensor]
@@ -41,6 +42,16 @@ def begin(
     R])."""
     put(query, keys, values, anchors, place, out, scale)
     return attend_rows(out, *anchors, seen, softcap)
+
+
+def attend_slices(
+    query: Tensor, keys: Tensor, values: Tensor, row_ids: Tensor, valid: Tensor | None, softcap: float | None,
+    places: Tensor | None = None, tilt: Tilt | None = None,
+) -> tuple[Parts, SliceSums | None]:  # fmt: skip
+    """``sparse_decode.reference.attend_slices`` in parts, and with ``tilt`` the slices' sums under it."""
+    slices = Slices(keys, values, valid, row_ids, row_ids, places).side_by_side()
+    parts = one_part(sparse_decode.attend_slices(query, slices.keys, slices.values, row_ids, valid, softcap))
+    return parts, None if tilt is None else slice_sums(tilt, slices, keys.shape[-1])
 
 
 def rest_of_segments(query: Tensor, segments: SegmentSums, slices: Slices) -> Parts:

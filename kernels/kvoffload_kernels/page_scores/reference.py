@@ -104,11 +104,20 @@ def score_pages(
     n_tokens: int,
     page_size: int,
     missing: Tensor | None = None,
+    newest: Tensor | None = None,
 ) -> Tensor:
     """Log masses of all pages, fp32 [rows, H, n_tokens / page_size], from arguments as of ``score_tokens``; tokens
-    behind the first ``n_tokens`` are none, nor are the first ``missing`` int64 [rows] ones."""
+    behind the first ``n_tokens`` are none, nor are the first ``missing`` int64 [rows] ones and pages behind the
+    ``newest`` int64 [1] (-inf)."""
     logits = score_tokens(query, codes, zero, step, bits)[..., :n_tokens]
-    return page_masses(mask_tokens(logits, missing), page_size)
+    return mask_behind(page_masses(mask_tokens(logits, missing), page_size), newest)
+
+
+def mask_behind(masses: Tensor, newest: Tensor | None) -> Tensor:
+    """Log masses of pages [rows, H, P] with -inf behind the ``newest`` int64 [1]."""
+    if newest is None:
+        return masses
+    return masses.masked_fill(torch.arange(masses.shape[-1], device=masses.device) > newest, -torch.inf)
 
 
 def attend_index(

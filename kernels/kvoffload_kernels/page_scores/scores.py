@@ -166,9 +166,10 @@ def _log(x):  # type: ignore[no-untyped-def]
 
 @jit  # type: ignore[untyped-decorator]
 def _score_pages(  # type: ignore[no-untyped-def]
-    query, codes, zero, step, missing, out, n_groups, n_pages, groups, codes_row, stats_row,
+    query, codes, zero, step, missing, newest, out, n_groups, n_pages, groups, codes_row, stats_row,
     HEADS: tl.constexpr, HP: tl.constexpr, DIM: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, WP: tl.constexpr,
     WORD: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, SIZE: tl.constexpr, MISSING: tl.constexpr,
+    BOUNDED: tl.constexpr,
     SHIFT: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, LOG2E: tl.constexpr, LN2: tl.constexpr,
     MMA: tl.constexpr, KW: tl.constexpr, CODES: tl.constexpr, CODES_IN: tl.constexpr, STEPS: tl.constexpr,
     STEPS_IN: tl.constexpr, ZEROS: tl.constexpr, SCORES: tl.constexpr,
@@ -238,7 +239,10 @@ def _score_pages(  # type: ignore[no-untyped-def]
         lse = (_log(gl.sum(_power(z - gl.expand_dims(top, 1)), 1)) + top) * LN2
         page = g * PAGES + pages
         real = (heads < heads_left)[None, :] & (page < n_pages)[:, None]
-        gl.store(out + heads[None, :] * n_pages + page[:, None], gl.convert_layout(lse, SCORES), mask=real)
+        lse = gl.convert_layout(lse, SCORES)
+        if BOUNDED:
+            lse = gl.where((page <= gl.load(newest))[:, None], lse, -float("inf"))
+        gl.store(out + heads[None, :] * n_pages + page[:, None], lse, mask=real)
 
 
 def score_pages(
@@ -251,6 +255,7 @@ def score_pages(
     n_tokens: int,
     page_size: int,
     missing: Tensor | None = None,
+    newest: Tensor | None = None,
 ) -> Tensor:
     """As ``reference.score_pages`` where ``kernel.supported``; rows of codes, zero and step may lie apart."""
     rows, heads, dim = query.shape
@@ -266,10 +271,11 @@ def score_pages(
     together = 4 if heads <= 4 or dim > 128 else 8
     groups = min(_MOST_GROUPS, max(1, n_groups * rows // _PROGRAMS))
     _score_pages[(triton.cdiv(n_groups, groups), rows, triton.cdiv(heads, together))](
-        query.contiguous(), codes, zero, step, query if missing is None else missing, out, n_groups, n_pages, groups,
-        codes.stride(0), zero.stride(0),
+        query.contiguous(), codes, zero, step, query if missing is None else missing,
+        query if newest is None else newest, out, n_groups, n_pages, groups, codes.stride(0), zero.stride(0),
         HEADS=heads, HP=together, DIM=dim, DP=channels, WORDS=codes.shape[3], WP=padded, WORD=word, BITS=bits, T=group,
-        SIZE=page_size, MISSING=missing is not None, SHIFT=_SHIFT, UP=_UP, DOWN=_DOWN, LOG2E=_LOG2E, LN2=_LN2,
+        SIZE=page_size, MISSING=missing is not None, BOUNDED=newest is not None, SHIFT=_SHIFT, UP=_UP, DOWN=_DOWN,
+        LOG2E=_LOG2E, LN2=_LN2,
         num_warps=1, **_layouts(bits, padded, word, group, channels, together, page_size),
     )  # fmt: skip
     return out

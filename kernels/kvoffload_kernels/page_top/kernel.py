@@ -127,7 +127,7 @@ def _take(  # type: ignore[no-untyped-def]
         for start in range(wanted + mine * BLOCK, n_slices, n_chunks * BLOCK):  # what is not wanted, dealt out
             place = start + tl.arange(0, BLOCK)
             spare = place < n_slices
-            tl.store(row_ids + base + place, tl.zeros([BLOCK], tl.int64) + row_list * N_HEADS, mask=spare)
+            tl.store(row_ids + base + place, tl.zeros([BLOCK], tl.int64) + (row_list + 1) * N_HEADS - 1, mask=spare)
             tl.store(page_ids + base + place, tl.zeros([BLOCK], tl.int64), mask=spare)
             tl.store(wanted_out + base + place, tl.zeros([BLOCK], tl.int8), mask=spare)
 

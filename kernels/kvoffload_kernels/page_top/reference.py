@@ -23,7 +23,7 @@ def top_pages(
     those of the anchors [rows, R], the rows of ``n_heads`` heads after each other a list, to int64 [lists * n_slices]
     each, a list after the other and in its order. Shares that differ by less than a step (``share_keys``) count as
     equal; of equal ones the first are taken. With ``n_wanted`` int64 [] only so many of each list are, and come first;
-    bool [lists * n_slices] says which. The others are page 0 of the list's first row."""
+    bool [lists * n_slices] says which. The others are page 0 of the list's last row."""
     shares = share_pages(scores, anchor_lse)
     keys = share_keys(shares).view(-1, n_heads * shares.shape[1])
     best = keys.sort(dim=-1, descending=True, stable=True).indices[:, :n_slices]
@@ -31,7 +31,7 @@ def top_pages(
     wanted = None if n_wanted is None else (place < n_wanted).expand_as(best)
     chosen = best if wanted is None else torch.where(wanted, best, keys.shape[1])
     chosen = chosen.sort(-1).values
-    chosen = torch.where(chosen < keys.shape[1], chosen, 0)
+    chosen = torch.where(chosen < keys.shape[1], chosen, keys.shape[1] - shares.shape[1])
     first = torch.arange(len(keys), device=scores.device)[:, None] * n_heads
     rows, pages = first + chosen // shares.shape[1], chosen % shares.shape[1]
     return rows.flatten(), pages.flatten(), None if wanted is None else wanted.flatten()

@@ -60,10 +60,10 @@ def _channels(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _score_pages(  # type: ignore[no-untyped-def]
-    turned, offset, codes, fours, twos, ones, missing, out, n_tokens, n_pages, codes_row,
+    turned, offset, codes, fours, twos, ones, missing, newest, out, n_tokens, n_pages, codes_row,
     HEADS: tl.constexpr, HP: tl.constexpr, W4: tl.constexpr, W2: tl.constexpr, W1: tl.constexpr, K4: tl.constexpr,
     K2: tl.constexpr, K1: tl.constexpr, B4: tl.constexpr, B2: tl.constexpr, BYTES: tl.constexpr, T: tl.constexpr,
-    SIZE: tl.constexpr, TILES: tl.constexpr, MISSING: tl.constexpr,
+    SIZE: tl.constexpr, TILES: tl.constexpr, MISSING: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     DIM: tl.constexpr = W4 + W2 + W1
@@ -93,6 +93,8 @@ def _score_pages(  # type: ignore[no-untyped-def]
             counts = counts & (token >= tl.load(missing + row))
         lse = page_lse(tl.where(counts[None, :], z, -float("inf")), HP, T // SIZE, SIZE)
         pages = start // SIZE + tl.arange(0, T // SIZE)
+        if BOUNDED:
+            lse = tl.where((pages <= tl.load(newest))[None, :], lse, -float("inf"))
         mask = (heads < HEADS)[:, None] & (pages < n_pages)[None, :]
         tl.store(out + (row * HEADS + heads)[:, None] * n_pages + pages[None, :], lse, mask=mask)
 
@@ -233,6 +235,7 @@ def score_pages(
     *,
     page_size: int,
     missing: Tensor | None = None,
+    newest: Tensor | None = None,
 ) -> Tensor:
     """As ``reference.score_pages`` where ``supported``; rows of codes may lie apart."""
     rows, heads, _ = query.shape
@@ -240,8 +243,9 @@ def score_pages(
     out = query.new_empty(rows, heads, n_tokens // page_size)
     if n_tokens > 0:
         _score_pages[(triton.cdiv(n_tokens, _TILE * _TILES), rows)](
-            *_arguments(query, codes, mean, synthesis, levels, missing), out, n_tokens, out.shape[2], codes.stride(0),
-            TILES=_TILES, **_sizes(query, levels, page_size, missing),
+            *_arguments(query, codes, mean, synthesis, levels, missing), query if newest is None else newest, out,
+            n_tokens, out.shape[2], codes.stride(0), TILES=_TILES, BOUNDED=newest is not None,
+            **_sizes(query, levels, page_size, missing),
         )  # fmt: skip
     return out
 

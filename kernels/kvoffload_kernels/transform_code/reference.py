@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 - the name torch's own documentati
 from torch import Tensor
 
 from kvoffload_kernels.dense_attention.reference import soft_cap, weigh
-from kvoffload_kernels.page_scores.reference import mask_pages, mask_tokens, page_masses
+from kvoffload_kernels.page_scores.reference import mask_behind, mask_pages, mask_tokens, page_masses
 
 _SHRINK = 0.3  # of the query moment towards a multiple of the identity
 _RIDGE = 1e-3  # of the key covariance
@@ -137,12 +137,13 @@ def score_pages(
     *,
     page_size: int,
     missing: Tensor | None = None,
+    newest: Tensor | None = None,
 ) -> Tensor:
     """Log masses of all pages, fp32 [rows, H, P]: query [rows, H, D] fp32 (scaled), codes uint8 [rows, P * page_size,
     bytes], mean fp16 [rows, D], synthesis fp16 [rows, D, D'] of the channels that have bits. The first ``missing``
-    int64 [rows] tokens of each row do not count."""
+    int64 [rows] tokens of each row do not count, nor do pages behind the ``newest`` int64 [1]."""
     logits = _logits(query, mean, synthesis, decode(codes, levels))
-    return page_masses(mask_tokens(logits, missing), page_size)
+    return mask_behind(page_masses(mask_tokens(logits, missing), page_size), newest)
 
 
 def attend_index(
