@@ -1,10 +1,11 @@
 """Saving a session to a folder and building it again from one."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kvoffload_storage.bundle import Bundle, disk_bytes, lock_bundle, open_bundle, remove_unnamed, save_bundle
+from kvoffload_storage.bundle import Bundle, disk_bytes, lock_bundle, open_remains, remove_unnamed, save_bundle
 from kvoffload_storage.bundle_format import Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
 from kvoffload_storage.locks import FolderLock, sweep
@@ -122,9 +123,9 @@ def _check_lineage(session: "Session", path: Path) -> None:
 
 
 def open_session_file(path: Path, config: RuntimeConfig) -> Bundle:
-    """Raises UsageError where there is none."""
+    """Also where page files are lost; raises UsageError where there is none."""
     try:
-        return open_bundle(path, direct=False if config.direct == "off" else None)
+        return open_remains(path, direct=False if config.direct == "off" else None)
     except UnavailableError as error:
         raise UsageError(str(error)) from error
 
@@ -139,8 +140,8 @@ def take_write_lock(path: Path) -> FolderLock:
 
 
 def tidy(path: Path, lock: FolderLock, config: RuntimeConfig) -> None:
-    """Give back what killed processes left allocated, and write a session's pages in one piece when they are in many
-    and there is room for both."""
+    """Give back what killed processes left allocated, and write a session's pages in one piece when they are in many,
+    none is damaged and there is room for both."""
     room = room_beside(path, config)
     try:
         for folder in {room.folder, config.nvme_dir or room.folder}:
@@ -148,7 +149,8 @@ def tidy(path: Path, lock: FolderLock, config: RuntimeConfig) -> None:
                 sweep(folder)
         reclaim_bundle(path)
         if is_scattered(read_manifest(path)) and room.fits(disk_bytes(path)):
-            rewrite_bundle(path, lock, room=room)
+            with suppress(IntegrityError):  # a restore mends it
+                rewrite_bundle(path, lock, room=room)
     except UnavailableError as error:
         raise UsageError(str(error)) from error
 
@@ -188,6 +190,8 @@ def fill_with_prefix(session: "Session", bundle: Bundle, prompt: list[int]) -> i
     """Give a new session what a session file has of the beginning of a prompt, and close the file; how many tokens are
     in the KV then. At least one token of the prompt is left, and a window of them where the rest differs: pages are
     taken whole, and what follows them has to be prefilled. Sampling does not go on where the file's did."""
+    if bundle.lost is not None:
+        raise bundle.lost
     description, tensors = _read_state(session, bundle)
     known = tensors["token_ids"].tolist()[: description.n_in_kv]
     n_common = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
@@ -222,6 +226,8 @@ def _fill_cache(session: "Session", bundle: Bundle, description: Description, te
     session.cache.begin_with(bundle.stores)
     same_policy = description.policy == policy_of(session.config)
     try:
+        if bundle.lost is not None:
+            raise bundle.lost
         load_cache(session.cache, tensors, description.layers, session.model.device, same_policy=same_policy)
     except IntegrityError as error:
         if error.page is None:

@@ -33,16 +33,6 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading weights is a failure of the test."""
-
-    def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(command, "load_model", load)
-
-
 @pytest.mark.parametrize("module", ["kvoffload", "kvoffload.cli", "kvoffload.models.catalog"])
 def test_importing_loads_nothing_heavy(module: str) -> None:
     script = f"import {module}, sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
