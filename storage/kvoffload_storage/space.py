@@ -19,7 +19,8 @@ from .page_file import unusable
 @dataclass(frozen=True)
 class Room:
     """``max_bytes`` bounds what all processes' pages and sessions take in ``folder`` (of temporary folders only
-    ``alone`` where that is given, and no session), ``floor_bytes`` is what stays free on its disk.
+    ``alone`` where that is given, and no session), ``floor_bytes`` is what stays free on its disk. Where it ``spares``
+    sessions, none is deleted.
 
     Whoever adds bytes asks first, by ``taking``.
     """
@@ -28,6 +29,7 @@ class Room:
     max_bytes: int | None = None
     floor_bytes: int = 0
     alone: str | None = None
+    spares: bool = False
 
     @contextmanager
     def taking(self, n_bytes: int, links: Sequence[os.stat_result] = ()) -> Iterator[list[str]]:
@@ -99,7 +101,7 @@ class Room:
         """Sessions that are not pinned and not in use, oldest first; nobody else takes them in this block."""
         found = []
         with ExitStack() as locks:
-            for path in self.folder.glob("*.kvo") if self.alone is None else ():
+            for path in () if self.spares or self.alone is not None else self.folder.glob("*.kvo"):
                 try:
                     manifest = read_manifest(path)
                     lock = None if manifest.pinned else FolderLock.take(path)

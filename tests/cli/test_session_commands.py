@@ -1,5 +1,6 @@
 """``--session`` and ``kvoffload session``, run as a user runs them."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,19 @@ def test_after_a_killed_answer_another_prompt_comes_behind_it(
     assert n_tokens(run, session) == before + len("and then") + len(prompt) + 3
 
 
-@pytest.mark.parametrize("command", ["upgrade", "import", "fork"])
-@pytest.mark.parametrize("bound", [("--nvme-max", "100K"), ("--nvme-floor", "100T")])
+@pytest.mark.parametrize(
+    ("command", "bound"),
+    [
+        *itertools.product(["upgrade", "import", "fork"], [("--nvme-max", "100K"), ("--nvme-floor", "100T")]),
+        ("export", ("--nvme-floor", "100T")),
+    ],
+)
 def test_no_room_is_exit_code_3_and_changes_nothing(
     run: Any, session: Path, tmp_path: Path, command: str, bound: tuple[str, str]
 ) -> None:
     assert run("session", "export", session, tmp_path / "x.tar").code == 0
     before = sorted(tmp_path.rglob("*"))
-    source = {"upgrade": [], "import": [tmp_path / "x.tar"], "fork": [session]}[command]
+    source = {"upgrade": [], "import": [tmp_path / "x.tar"]}.get(command, [session])
     target = session if command == "upgrade" else tmp_path / "b.kvo"
     ran = run("session", command, *source, target, *bound)
     assert (ran.code, ran.err.count("\n")) == (3, 1), ran.err
