@@ -8,7 +8,7 @@ import torch
 from kvoffload_storage.bundle import Bundle, disk_bytes, lock_bundle, open_remains, remove_unnamed, save_bundle
 from kvoffload_storage.bundle_format import Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
-from kvoffload_storage.locks import FolderLock, sweep
+from kvoffload_storage.locks import FolderLock, NameClaim, claim_name, sweep
 from kvoffload_storage.manifests import read_manifest
 from kvoffload_storage.rewrite import is_scattered, reclaim_bundle, rewrite_bundle
 from kvoffload_storage.space import Room
@@ -37,14 +37,16 @@ if TYPE_CHECKING:
 
 
 class SavedAs:
-    """The file that a session was read from or saved to last, and the right to write to it where it is held."""
+    """The file that a session was read from or saved to last, and the right to write to it where it is held; ``claim``
+    is the right to make the one that it saves itself to."""
 
-    def __init__(self, path: Path, lock: FolderLock | None) -> None:
-        self.path, self.lock = path, lock
+    def __init__(self, path: Path, lock: FolderLock | None, claim: NameClaim | None = None) -> None:
+        self.path, self.lock, self.claim = path, lock, claim
 
     def release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
+        for held in (self.lock, self.claim):
+            if held is not None:
+                held.release()
 
 
 def fingerprint(model: Any, config: RuntimeConfig) -> Fingerprint:
@@ -84,10 +86,13 @@ def save_session(session: "Session", path: Path, *, pinned: bool | None, overwri
         if manifest is None and lock is not None and held is None:
             lock.release()
     session.lineage[whole] = manifest
+    claim = None if saved_as is None else saved_as.claim
+    if session.autosave == path and claim is not None:
+        claim.release()
     if held is None and session.autosave != path:
         lock.release()
-        return SavedAs(whole, None)
-    return SavedAs(whole, lock)
+        return SavedAs(whole, None, claim)
+    return SavedAs(whole, lock, claim)
 
 
 def room_beside(path: Path, config: RuntimeConfig) -> Room:
@@ -126,6 +131,14 @@ def open_session_file(path: Path, config: RuntimeConfig) -> Bundle:
     """Also where page files are lost; raises UsageError where there is none."""
     try:
         return open_remains(path, direct=False if config.direct == "off" else None)
+    except UnavailableError as error:
+        raise UsageError(str(error)) from error
+
+
+def claim_session(path: Path) -> NameClaim:
+    """The right to make a session; raises UsageError when another process has it."""
+    try:
+        return claim_name(path)
     except UnavailableError as error:
         raise UsageError(str(error)) from error
 

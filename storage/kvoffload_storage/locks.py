@@ -6,18 +6,21 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .bundle_format import is_known
 from .errors import UnavailableError
+from .format import checksum
 from .page_file import unusable
 
 PAGES, NEW, REMOVED = "kvoffload-pages-", "kvoffload-new-", "kvoffload-rm-"
 # As they are made; a session's name ends with .kvo.
 _TEMPORARY = re.compile(f"({PAGES}|{NEW}|{REMOVED})[a-z0-9_]{{8,16}}")
+_ATTEMPTS, _PAUSE_S = 10, 0.05
 
 
 class FolderLock:
@@ -45,6 +48,51 @@ class FolderLock:
 
     def release(self) -> None:
         self._release()
+
+
+class NameClaim:
+    """The right to make what has a name, held until ``release``, until the object is dropped, or until the process ends
+    in whatever way: an empty temporary folder that is called by the name, and its lock (None: there are no locks)."""
+
+    def __init__(self, folder: Path, lock: FolderLock | None) -> None:
+        self._release = weakref.finalize(self, _give_up, folder, lock)
+
+    def release(self) -> None:
+        self._release()
+
+
+def _give_up(folder: Path, lock: FolderLock | None) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+    if lock is not None:
+        lock.release()
+
+
+def claim_name(path: Path) -> NameClaim:
+    """For what is not there yet; UnavailableError when it is, when another process has the claim, and when nothing can
+    be made there. Where there are no locks, or no folder yet, everybody gets it, and who is last finds it there."""
+    folder = path.absolute().parent / f"{NEW}{checksum(os.fsencode(path.name)):016x}"
+    for _ in range(_ATTEMPTS):  # a sweeper may have the lock, but not for long
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except FileNotFoundError:
+            return NameClaim(folder, None)
+        except OSError as error:
+            raise unusable(error, path, what="cannot be made") from error
+        try:
+            lock = FolderLock.take(folder)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return NameClaim(folder, None)
+        if lock is not None:
+            claim = NameClaim(folder, lock)
+            if path.exists():
+                claim.release()
+                raise UnavailableError(f"{path}: exists already")
+            return claim
+        time.sleep(_PAUSE_S)
+    raise UnavailableError(f"{path}: another process is making this session")
 
 
 def is_temporary(name: str) -> bool:

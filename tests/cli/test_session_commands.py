@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import xxhash
 from kvoffload_storage.disk import keep_read_unit
+from kvoffload_storage.locks import claim_name
 from kvoffload_storage.manifests import read_manifest, replace_manifest
 from session_runs import LONG, ONCE, TINY
 
@@ -113,6 +114,15 @@ def test_a_prompt_that_does_not_fit_the_disk_leaves_the_session(run: Any, sessio
     assert "the cap is" in ran.err
     assert {path: path.read_bytes() for path in session.rglob("*") if path.is_file()} == before
     assert run(*ONCE, "--session", session, "-p", "another").code == 0
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_session_that_another_process_makes_is_refused_before_weights_load(run: Any, tmp_path: Path) -> None:
+    claim = claim_name(tmp_path / "a.kvo")
+    ran = run(*ONCE, "--session", tmp_path / "a.kvo", "-p", "x")
+    assert (ran.code, ran.err) == (2, f"error: {tmp_path / 'a.kvo'}: another process is making this session\n")
+    claim.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_asking_nothing_goes_on_with_the_answer(run: Any, session: Path) -> None:

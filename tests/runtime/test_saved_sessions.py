@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import stat
 
 import pytest
@@ -267,6 +268,35 @@ def test_one_writer_at_a_time_and_readers_beside_it(runtime, ids, tmp_path):
         second.step(2)
         with pytest.raises(UsageError, match="was saved by another process since"):
             second.save(path)
+
+
+def test_one_maker_at_a_time_who_is_told_before_the_prefill(runtime, ids, tmp_path):
+    path, rt = tmp_path / "a.kvo", runtime()
+    with rt.open_session(path) as first:
+        with pytest.raises(UsageError, match="another process is making this session"):
+            rt.open_session(path)
+        with rt.open_session(tmp_path / "b.kvo"):
+            pass
+        first.prefill(ids(20))
+        assert {p.name for p in tmp_path.iterdir()} == {"a.kvo", "pages"}
+        with pytest.raises(UsageError, match="another process is writing"):
+            rt.open_session(path)
+    with rt.open_session(tmp_path / "c.kvo"):
+        assert len(list(tmp_path.iterdir())) == 3
+    assert {p.name for p in tmp_path.iterdir()} == {"a.kvo", "pages"}
+
+
+def test_a_killed_maker_leaves_the_name_free(runtime, tmp_path):
+    path, rt = tmp_path / "a.kvo", runtime()
+    child = os.fork()
+    if child == 0:
+        made = rt.open_session(path)
+        os.kill(os.getpid(), signal.SIGKILL)
+        made.close()
+    os.waitpid(child, 0)
+    with rt.open_session(path) as session:
+        session.prefill([1, 2, 3])
+    assert {p.name for p in tmp_path.iterdir()} == {"a.kvo", "pages"}
 
 
 def test_a_broken_off_prefill_goes_on_from_the_last_chunk(runtime, ids, tmp_path, monkeypatch):
