@@ -24,7 +24,7 @@ from .bundle_format import (
 from .disk import reads_directly
 from .errors import IntegrityError, UnavailableError
 from .format import Checksums, checksum, decode_checksums, encode_checksums
-from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_place, sweep, taken
+from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_place, remove_ours, sweep, taken
 from .manifests import read_manifest, replace_manifest
 from .page_file import storage_error, unusable
 from .private_files import read_checked, sync_folder, write_private
@@ -242,7 +242,8 @@ def remove_unnamed(path: Path, *manifests: Manifest) -> None:
 
 
 def remove_bundle(path: Path) -> None:
-    """Delete a session: first it loses its name, then its files go. UnavailableError when it is in use or none."""
+    """Delete a session: first it loses its name, then its files go; what is not ours in it stays under the other name.
+    UnavailableError when it is in use or none."""
     read_or_damaged(path)
     parent = path.absolute().parent
     sweep(parent)
@@ -251,7 +252,7 @@ def remove_bundle(path: Path) -> None:
     try:
         os.rename(path, away)
         sync_folder(parent)
-        shutil.rmtree(away)
+        remove_ours(away)
     except OSError as error:
         raise storage_error(error, path, 0) from error
     finally:

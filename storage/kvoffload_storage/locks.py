@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from .errors import UnavailableError
 from .format import checksum
 from .page_file import unusable
 
+_log = logging.getLogger(__name__)
 PAGES, NEW, REMOVED = "kvoffload-pages-", "kvoffload-new-", "kvoffload-rm-"
 # As they are made; a session's name ends with .kvo.
 _TEMPORARY = re.compile(f"({PAGES}|{NEW}|{REMOVED})[a-z0-9_]{{8,16}}")
@@ -142,7 +144,7 @@ def taken(error: OSError, path: Path) -> UnavailableError | None:
 
 def sweep(parent: Path) -> list[str]:
     """Remove the temporary folders of processes that are gone; their names. A folder that cannot be read or locked is
-    left alone, and so is one that holds anything that is not ours."""
+    left alone, and so is what is not ours in one."""
     removed = []
     for name in _temporary(parent):
         path = parent / name
@@ -150,15 +152,41 @@ def sweep(parent: Path) -> list[str]:
             lock = FolderLock.take(path)
             if lock is None:
                 continue
-            if os.fstat(lock.fd).st_uid == os.getuid() and all(
-                is_known(entry) or entry.endswith(".kvo") for entry in os.listdir(lock.fd)
-            ):
-                shutil.rmtree(path)
+            if os.fstat(lock.fd).st_uid == os.getuid() and remove_ours(path):
                 removed.append(name)
             lock.release()
         except OSError:  # another sweeper was faster, or the file system has no locks: nothing of ours is lost
             continue
     return removed
+
+
+def remove_ours(folder: Path) -> bool:
+    """Delete what is ours in a folder, and the folder itself where that is all; whether it was. What else is there
+    stays, and is told once: when nothing of ours is left beside it. OSError where something cannot be deleted."""
+    found = _remove_known(folder)
+    with suppress(OSError):
+        folder.rmdir()
+        return True
+    if found:
+        _log.warning("%s: what is not of kvoffload stays there: %s", folder, ", ".join(sorted(os.listdir(folder))))
+    return False
+
+
+def _remove_known(folder: Path) -> bool:
+    """Whether there was anything; links are not followed."""
+    found = False
+    for entry in list(os.scandir(folder)):
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if not (is_known(entry.name) or (is_folder and entry.name.endswith(".kvo"))):
+            continue
+        if is_folder:
+            found |= _remove_known(Path(entry.path))
+            with suppress(OSError):
+                os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
+            found = True
+    return found
 
 
 def _temporary(parent: Path) -> list[str]:

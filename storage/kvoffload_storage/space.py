@@ -2,16 +2,15 @@
 
 import fcntl
 import os
-import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .aligned import BLOCK_BYTES
 from .disk import free_bytes
 from .errors import CapacityError, StorageError
-from .locks import REMOVED, FolderLock, is_temporary, make_locked
+from .locks import REMOVED, FolderLock, is_temporary, make_locked, remove_ours
 from .manifests import read_manifest
 from .page_file import unusable
 
@@ -115,7 +114,8 @@ class Room:
     def _remove(self, path: Path) -> None:
         away, mine = make_locked(self.folder, REMOVED)
         path.rename(away / path.name)
-        shutil.rmtree(away, ignore_errors=True)
+        with suppress(OSError):
+            remove_ours(away)
         mine.release()
 
     @contextmanager
