@@ -1,5 +1,6 @@
 """Saving a session to a folder and building it again from one."""
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from kvoffload_storage.bundle_format import Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
 from kvoffload_storage.locks import FolderLock, NameClaim, claim_name, sweep
 from kvoffload_storage.manifests import read_manifest
+from kvoffload_storage.private_files import make_private
 from kvoffload_storage.rewrite import is_scattered, reclaim_bundle, rewrite_bundle
 from kvoffload_storage.space import Room
 from torch import Tensor
@@ -34,6 +36,9 @@ from kvoffload.runtime.session_file import (
 
 if TYPE_CHECKING:
     from kvoffload.runtime.session import Session
+
+
+_log = logging.getLogger(__name__)
 
 
 class SavedAs:
@@ -161,6 +166,8 @@ def tidy(path: Path, lock: FolderLock, config: RuntimeConfig) -> None:
             if folder.is_dir():
                 sweep(folder)
         reclaim_bundle(path)
+        if open_to_others := make_private(path):
+            _log.warning("%s: others may use it, and its mode cannot be changed by you", open_to_others[0])
         if is_scattered(read_manifest(path)) and room.fits(disk_bytes(path)):
             with suppress(IntegrityError):  # a restore mends it
                 rewrite_bundle(path, lock, room=room)

@@ -27,7 +27,7 @@ from .format import Checksums, checksum, decode_checksums, encode_checksums
 from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_place, remove_ours, sweep, taken
 from .manifests import read_manifest, replace_manifest
 from .page_file import storage_error, unusable
-from .private_files import read_checked, sync_folder, write_private
+from .private_files import make_private, read_checked, sync_folder, write_private
 from .segments import Sealed, Segment
 from .space import Room, on_disk
 
@@ -112,9 +112,12 @@ def _open(path: Path, manifest: Manifest, direct: bool) -> Bundle:
 
 
 def lock_bundle(path: Path) -> FolderLock:
-    """The right to write to a session; UnavailableError when another process has it."""
+    """The right to write to a session, which nobody else may read from now on where it is this user's; UnavailableError
+    when another process has it."""
     try:
         lock = FolderLock.take(path)
+        if lock is not None:
+            make_private(path)
     except OSError as error:
         raise unusable(error, path, what="cannot be locked") from error
     if lock is None:

@@ -223,6 +223,32 @@ def test_everything_in_a_session_is_private(runtime, ids, tmp_path):
     assert (modes, folders) == ({0o600}, {0o700})
 
 
+def test_a_session_that_was_opened_to_others_is_private_again_when_it_is_written_to(
+    runtime, ids, tmp_path, monkeypatch, caplog
+):
+    path, rt = tmp_path / "a.kvo", runtime()
+    with rt.open_session(path) as session:
+        session.prefill(ids(60))
+    notes = path / "notes.txt"
+    notes.touch()
+    everything = [path, *path.rglob("*")]
+    for each in everything:
+        each.chmod(0o755)
+    with rt.restore(path):
+        assert {stat.S_IMODE(each.stat().st_mode) for each in everything} == {0o755}
+    with monkeypatch.context() as patched:
+        uid = os.getuid()
+        patched.setattr(os, "getuid", lambda: uid + 1)
+        with rt.open_session(path):
+            assert {stat.S_IMODE(each.stat().st_mode) for each in everything} == {0o755}
+        assert caplog.messages == [f"{path}: others may use it, and its mode cannot be changed by you"]
+    with rt.open_session(path):
+        modes = {each: stat.S_IMODE(each.stat().st_mode) for each in everything}
+    assert modes.pop(notes) == 0o755
+    assert modes == {each: 0o700 if each.is_dir() else 0o600 for each in modes}
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
