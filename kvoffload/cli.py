@@ -8,9 +8,10 @@ Every flag defaults to None, so that a flag which was not given leaves the envir
 import errno
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -256,7 +257,10 @@ def env(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; every failure is one line on stderr."""
     try:
-        return int(typer.main.get_command(app).main(arguments, "kvoffload", standalone_mode=False) or 0)
+        with redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
+            code = int(typer.main.get_command(app).main(arguments, "kvoffload", standalone_mode=False) or 0)
+            sys.stdout.flush()
+            return code
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except typer.TyperException as error:
@@ -267,6 +271,32 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), _SYSTEM_CODES.get(error.errno or 0, 1))
     except _storage_error() as error:
         return _fail(str(error), _STORAGE_CODES.get(type(error).__name__, 1))
+
+
+class _Stdout:
+    """Standard output whose errors say that they are its."""
+
+    def __init__(self, inner: TextIO) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def write(self, text: str) -> int:
+        with _told():
+            return self._inner.write(text)
+
+    def flush(self) -> None:
+        with _told():
+            self._inner.flush()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"standard output cannot be written: {error.strerror}") from error
 
 
 def main() -> None:

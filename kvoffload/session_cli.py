@@ -73,11 +73,14 @@ def unpin(files: Files) -> None:
 
 
 @app.command()
-def export(file: File, out: Annotated[Path, typer.Argument(metavar="OUT.tar", show_default=False)]) -> None:
+def export(
+    file: File, out: Annotated[Path, typer.Argument(metavar="OUT.tar", show_default=False)],
+    nvme_floor: flags.NvmeFloor = None,
+) -> None:  # fmt: skip
     """Write a session to one file."""
     from kvoffload.runtime import session_command
 
-    raise typer.Exit(session_command.run_export(file, out, sys.stdout))
+    raise typer.Exit(session_command.run_export(file, out, sys.stdout, _bounds(None, nvme_floor)))
 
 
 @app.command("import")

@@ -82,7 +82,7 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
         stats = all_stats(session)
         session.ranks.leave()
     if stats.recomputed_pages:
-        view.warn(f"{stats.recomputed_pages:,} damaged pages were dropped and computed again from their tokens")
+        view.warn(f"{stats.recomputed_pages:,} lost or damaged pages were computed again from their tokens")
     view.say(statistics_line(stats))
     if settings.output == "json":
         config = settings.runtime().model_dump(mode="json") | {"budget": str(settings.effective_budget)}

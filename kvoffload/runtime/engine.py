@@ -24,6 +24,8 @@ from kvoffload.runtime.events import StreamEvent
 from kvoffload.runtime.page_size import settle_page_size
 from kvoffload.runtime.ranks import rank_config, refuse_files, with_rank_budget
 from kvoffload.runtime.saving import (
+    SavedAs,
+    claim_session,
     fill_session,
     fill_with_prefix,
     open_session_file,
@@ -144,7 +146,9 @@ class Runtime:
         if config.nvme_dir is None:  # on the session's file system, where its files can be linked to
             config = config.model_copy(update={"nvme_dir": path.absolute().parent})
         if not path.exists():
+            claim = claim_session(path)
             session = self._session(config, expected_tokens)
+            session.saved_as = SavedAs(path.absolute(), None, claim)
         else:
             lock = take_write_lock(path)
             try:

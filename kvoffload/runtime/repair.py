@@ -45,13 +45,12 @@ def go_back(
     session: "Session", sealed: Sequence[Sealed], tensors: Mapping[str, Tensor], states: Sequence[LayerState],
     error: IntegrityError,
 ) -> None:  # fmt: skip
-    """Give the session a new cache that ends before the first damaged page; raises ``error`` where none is found."""
-    damage = [found for store in sealed for found in damage_in(store, Path("page files"))]
-    pages = [found.page for found in damage if found.page is not None]
-    if not pages:
-        raise error
-    cache = beginning_with(session, sealed, min(pages))
-    rewind_cache(cache, tensors, states, session.model.device, n_pages=min(pages))
+    """Give the session a new cache that ends before the first damaged page, of which ``error`` names one."""
+    damage = [error, *(found for store in sealed for found in damage_in(store, Path("page files")))]
+    pages = {(found.layer, found.page) for found in damage if found.page is not None}
+    n_pages = min(page for _, page in pages)
+    cache = beginning_with(session, sealed, n_pages)
+    rewind_cache(cache, tensors, states, session.model.device, n_pages=n_pages)
     cache.copied_read += Moved(nvme=sum(page_bytes(store) for store in sealed))
     session.cache, session.unfinished = cache, True
     session.n_repairs += 1

@@ -1,14 +1,17 @@
 """Saving a session to a folder and building it again from one."""
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kvoffload_storage.bundle import Bundle, disk_bytes, lock_bundle, open_bundle, remove_unnamed, save_bundle
+from kvoffload_storage.bundle import Bundle, disk_bytes, lock_bundle, open_remains, remove_unnamed, save_bundle
 from kvoffload_storage.bundle_format import Manifest
 from kvoffload_storage.errors import IntegrityError, UnavailableError
-from kvoffload_storage.locks import FolderLock, sweep
+from kvoffload_storage.locks import FolderLock, NameClaim, claim_name, sweep
 from kvoffload_storage.manifests import read_manifest
+from kvoffload_storage.private_files import make_private
 from kvoffload_storage.rewrite import is_scattered, reclaim_bundle, rewrite_bundle
 from kvoffload_storage.space import Room
 from torch import Tensor
@@ -35,15 +38,20 @@ if TYPE_CHECKING:
     from kvoffload.runtime.session import Session
 
 
-class SavedAs:
-    """The file that a session was read from or saved to last, and the right to write to it where it is held."""
+_log = logging.getLogger(__name__)
 
-    def __init__(self, path: Path, lock: FolderLock | None) -> None:
-        self.path, self.lock = path, lock
+
+class SavedAs:
+    """The file that a session was read from or saved to last, and the right to write to it where it is held; ``claim``
+    is the right to make the one that it saves itself to."""
+
+    def __init__(self, path: Path, lock: FolderLock | None, claim: NameClaim | None = None) -> None:
+        self.path, self.lock, self.claim = path, lock, claim
 
     def release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
+        for held in (self.lock, self.claim):
+            if held is not None:
+                held.release()
 
 
 def fingerprint(model: Any, config: RuntimeConfig) -> Fingerprint:
@@ -83,10 +91,13 @@ def save_session(session: "Session", path: Path, *, pinned: bool | None, overwri
         if manifest is None and lock is not None and held is None:
             lock.release()
     session.lineage[whole] = manifest
+    claim = None if saved_as is None else saved_as.claim
+    if session.autosave == path and claim is not None:
+        claim.release()
     if held is None and session.autosave != path:
         lock.release()
-        return SavedAs(whole, None)
-    return SavedAs(whole, lock)
+        return SavedAs(whole, None, claim)
+    return SavedAs(whole, lock, claim)
 
 
 def room_beside(path: Path, config: RuntimeConfig) -> Room:
@@ -122,9 +133,17 @@ def _check_lineage(session: "Session", path: Path) -> None:
 
 
 def open_session_file(path: Path, config: RuntimeConfig) -> Bundle:
-    """Raises UsageError where there is none."""
+    """Also where page files are lost; raises UsageError where there is none."""
     try:
-        return open_bundle(path, direct=False if config.direct == "off" else None)
+        return open_remains(path, direct=False if config.direct == "off" else None)
+    except UnavailableError as error:
+        raise UsageError(str(error)) from error
+
+
+def claim_session(path: Path) -> NameClaim:
+    """The right to make a session; raises UsageError when another process has it."""
+    try:
+        return claim_name(path)
     except UnavailableError as error:
         raise UsageError(str(error)) from error
 
@@ -139,16 +158,19 @@ def take_write_lock(path: Path) -> FolderLock:
 
 
 def tidy(path: Path, lock: FolderLock, config: RuntimeConfig) -> None:
-    """Give back what killed processes left allocated, and write a session's pages in one piece when they are in many
-    and there is room for both."""
+    """Give back what killed processes left allocated, and write a session's pages in one piece when they are in many,
+    none is damaged and there is room for both."""
     room = room_beside(path, config)
     try:
         for folder in {room.folder, config.nvme_dir or room.folder}:
             if folder.is_dir():
                 sweep(folder)
         reclaim_bundle(path)
+        if open_to_others := make_private(path):
+            _log.warning("%s: others may use it, and its mode cannot be changed by you", open_to_others[0])
         if is_scattered(read_manifest(path)) and room.fits(disk_bytes(path)):
-            rewrite_bundle(path, lock, room=room)
+            with suppress(IntegrityError):  # a restore mends it
+                rewrite_bundle(path, lock, room=room)
     except UnavailableError as error:
         raise UsageError(str(error)) from error
 
@@ -188,6 +210,8 @@ def fill_with_prefix(session: "Session", bundle: Bundle, prompt: list[int]) -> i
     """Give a new session what a session file has of the beginning of a prompt, and close the file; how many tokens are
     in the KV then. At least one token of the prompt is left, and a window of them where the rest differs: pages are
     taken whole, and what follows them has to be prefilled. Sampling does not go on where the file's did."""
+    if bundle.lost is not None:
+        raise bundle.lost
     description, tensors = _read_state(session, bundle)
     known = tensors["token_ids"].tolist()[: description.n_in_kv]
     n_common = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), len(known))
@@ -222,6 +246,8 @@ def _fill_cache(session: "Session", bundle: Bundle, description: Description, te
     session.cache.begin_with(bundle.stores)
     same_policy = description.policy == policy_of(session.config)
     try:
+        if bundle.lost is not None:
+            raise bundle.lost
         load_cache(session.cache, tensors, description.layers, session.model.device, same_policy=same_policy)
     except IntegrityError as error:
         if error.page is None:

@@ -13,7 +13,7 @@ from kvoffload.models.catalog import ModelSource
 from kvoffload.models.fingerprint import weights_hash
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.prompt import follow_up_ids, prompt_ids
-from kvoffload.runtime.saving import check_session, take_write_lock
+from kvoffload.runtime.saving import check_session, claim_session, take_write_lock
 from kvoffload.runtime.session import Session
 from kvoffload.runtime.session_file import Description, changed_versions, decode_state, fingerprint_of
 from kvoffload.runtime.terminal import ProgressView
@@ -80,10 +80,13 @@ def find_session(
 ) -> FoundSession | None:
     """The session that ``--session`` names, if it is there; UsageError if it does not fit or is in use, IntegrityError
     if it is damaged. No page is read."""
-    if settings.session is None or not has_session(settings):
+    is_there = has_session(settings)
+    if settings.session is None:
         return None
     if not settings.session_readonly:
-        take_write_lock(settings.session).release()
+        (take_write_lock if is_there else claim_session)(settings.session).release()
+    if not is_there:
+        return None
     here = fingerprint_of(weights_hash(source), model_config, dtype, settings.runtime())
     manifest, description = check_session(settings.session, here)
     if warning := changed_versions(description.versions):

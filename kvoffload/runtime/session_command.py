@@ -14,6 +14,7 @@ from kvoffload_storage.errors import IntegrityError, UnavailableError
 from kvoffload_storage.locks import sweep
 from kvoffload_storage.manifests import read_manifest, replace_manifest
 from kvoffload_storage.rewrite import rewrite_bundle
+from kvoffload_storage.space import Room
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.errors import UsageError
@@ -112,11 +113,13 @@ def run_fork(path: Path, target: Path, out: TextIO, config: RuntimeConfig) -> in
     return 0
 
 
-def run_export(path: Path, target: Path, out: TextIO) -> int:
+def run_export(path: Path, target: Path, out: TextIO, config: RuntimeConfig) -> int:
+    """One file, for which no session is deleted."""
+    room = Room(target.absolute().parent, floor_bytes=config.nvme_floor, spares=True)
     with _told():
         if target.exists():
             raise UsageError(f"{str(target)!r} exists already")
-        out.write(f"{target}: {format_size(export_bundle(path, target))}\n")
+        out.write(f"{target}: {format_size(export_bundle(path, target, room=room))}\n")
     return 0
 
 

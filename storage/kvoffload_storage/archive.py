@@ -19,15 +19,15 @@ from .space import Room, on_disk
 _PIECE = 8 << 20
 
 
-def export_bundle(path: Path, out: Path) -> int:
+def export_bundle(path: Path, out: Path, *, room: Room | None = None) -> int:
     """Write the session to the new file ``out``, mode 0600, complete or not at all; its bytes. What killed exports left
-    in its folder is removed."""
+    in its folder is removed. CapacityError where ``room``, that of the folder, or the disk has none for it."""
     bundle, parent = open_bundle(path, direct=False), out.absolute().parent
     try:
         sweep(parent)
         with temporary_folder(parent, NEW) as folder:
             made = folder / new_name("export")
-            _pack(bundle, made)
+            _pack(bundle, made, room or Room(parent))
             os.link(made, out)  # unlike a rename, this never replaces a file
         sync_folder(parent)
         return out.stat().st_size
@@ -60,7 +60,7 @@ def import_bundle(
             raise taken(error, path) or storage_error(error, path, n_bytes) from error
 
 
-def _pack(bundle: Bundle, made: Path) -> None:
+def _pack(bundle: Bundle, made: Path, room: Room) -> None:
     """Everything of the open session, whoever saves it anew meanwhile; the manifest first."""
     manifest = bundle.manifest
     table = b"".join(encode_checksums(store.checksums) for store in bundle.stores)
@@ -70,7 +70,11 @@ def _pack(bundle: Bundle, made: Path) -> None:
         manifest.state.file: bundle.state,
     }
     fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    sizes = [*_sizes(manifest).values(), len(small[MANIFEST_NAME])]
+    n_bytes = sum(BLOCK_BYTES + size + padding_bytes(size) for size in sizes) + len(ARCHIVE_END)
     with os.fdopen(fd, "wb") as out:
+        with room.taking(on_disk(n_bytes)):
+            os.posix_fallocate(fd, 0, n_bytes)
         for name, data in small.items():
             _put(out, name, len(data), [data])
         for segment in (segment for store in bundle.stores for segment in store.segments):

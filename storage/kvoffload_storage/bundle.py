@@ -24,10 +24,10 @@ from .bundle_format import (
 from .disk import reads_directly
 from .errors import IntegrityError, UnavailableError
 from .format import Checksums, checksum, decode_checksums, encode_checksums
-from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_place, sweep, taken
+from .locks import NEW, REMOVED, FolderLock, make_locked, refuse_place, remove_ours, sweep, taken
 from .manifests import read_manifest, replace_manifest
 from .page_file import storage_error, unusable
-from .private_files import read_checked, sync_folder, write_private
+from .private_files import make_private, read_checked, sync_folder, write_private
 from .segments import Sealed, Segment
 from .space import Room, on_disk
 
@@ -42,6 +42,12 @@ class Bundle:
     manifest: Manifest
     state: bytes
     stores: tuple[Sealed, ...]
+
+    @property
+    def lost(self) -> IntegrityError | None:
+        """That the first of the pages is not there which are lost with their files; None where all files are whole."""
+        found = [error for store in self.stores for segment in store.segments for error in segment.lost]
+        return min(found, key=lambda error: error.page or 0, default=None)
 
     def close_after(self, damage: Iterator[IntegrityError]) -> None:
         """Close the page files; raise the first damage, if there is any."""
@@ -60,14 +66,26 @@ class Bundle:
 
 
 def open_bundle(path: Path, *, direct: bool | None = None) -> Bundle:
-    """Open a session for reading; pages are not read yet. ``direct`` None finds out whether direct I/O works.
+    """Open a session for reading; pages are not read yet. ``direct`` None finds out whether direct I/O works."""
+    bundle = open_remains(path, direct=direct)
+    if bundle.lost is not None:
+        bundle.close()
+        raise bundle.lost
+    return bundle
+
+
+def open_remains(path: Path, *, direct: bool | None = None) -> Bundle:
+    """As ``open_bundle``, also where page files are ``lost`` or cut short.
 
     A save by another process may replace files in between: then the manifest is another one, and all begins again.
     """
     for _ in range(_ATTEMPTS):
         manifest = read_manifest(path)
         try:
-            return _open(path, manifest, reads_directly(path / MANIFEST_NAME) if direct is None else direct)
+            bundle = _open(path, manifest, reads_directly(path / MANIFEST_NAME) if direct is None else direct)
+            if bundle.lost is None or read_manifest(path) == manifest:
+                return bundle
+            bundle.close()
         except (IntegrityError, FileNotFoundError) as error:
             if read_manifest(path) == manifest:
                 if isinstance(error, IntegrityError):
@@ -85,15 +103,21 @@ def _open(path: Path, manifest: Manifest, direct: bool) -> Bundle:
         n_bytes = 8 * sum(store.n_pages) * store.n_slices
         checksums: list[Checksums] = decode_checksums(bytes(table[:n_bytes]), store.shape, store.n_pages)
         table = table[n_bytes:]
-        segments = [Segment.open(path / s.folder, store.shape, s.n_pages, direct=direct) for s in store.segments]
+        segments, before = [], [0] * store.n_layers
+        for s in store.segments:
+            segments.append(Segment.open(path / s.folder, store.shape, s.n_pages, before=before, direct=direct))
+            before = [n + m for n, m in zip(before, s.n_pages, strict=True)]
         stores.append(Sealed(store.shape, tuple(segments), checksums))
     return Bundle(path, manifest, state, tuple(stores))
 
 
 def lock_bundle(path: Path) -> FolderLock:
-    """The right to write to a session; UnavailableError when another process has it."""
+    """The right to write to a session, which nobody else may read from now on where it is this user's; UnavailableError
+    when another process has it."""
     try:
         lock = FolderLock.take(path)
+        if lock is not None:
+            make_private(path)
     except OSError as error:
         raise unusable(error, path, what="cannot be locked") from error
     if lock is None:
@@ -221,7 +245,8 @@ def remove_unnamed(path: Path, *manifests: Manifest) -> None:
 
 
 def remove_bundle(path: Path) -> None:
-    """Delete a session: first it loses its name, then its files go. UnavailableError when it is in use or none."""
+    """Delete a session: first it loses its name, then its files go; what is not ours in it stays under the other name.
+    UnavailableError when it is in use or none."""
     read_or_damaged(path)
     parent = path.absolute().parent
     sweep(parent)
@@ -230,7 +255,7 @@ def remove_bundle(path: Path) -> None:
     try:
         os.rename(path, away)
         sync_folder(parent)
-        shutil.rmtree(away)
+        remove_ours(away)
     except OSError as error:
         raise storage_error(error, path, 0) from error
     finally:

@@ -18,7 +18,7 @@ VERSION = 1
 _CHECKSUM_LINE = 18  # newline, sixteen digits, newline
 _KNOWN = re.compile(
     r"manifest\.json(\.tmp)?|checksums-[0-9a-f]{16}\.xxh3|state-[0-9a-f]{16}\.safetensors|pages-[0-9a-f]{16}"
-    r"|layer-\d{4,}\.kv|export-[0-9a-f]{16}\.tar|probe-\w+"
+    r"|layer-\d{4,}\.kv|export-[0-9a-f]{16}\.tar|probe(-\w+)?"
 )
 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]

@@ -249,7 +249,7 @@ class FileStore(Store):
             if len(here):
                 plan = plan_read(page_ids[here] - first, slice_ids[here], layout)
                 pending = self._engine.read(file, batch_of(plan, where[here], out, direct=file.direct))
-                parts.append(PartRead(pending, plan, where[here]))
+                parts.append(PartRead(pending, plan, where[here], layer, first))
         return FileTicket(parts, out, Moved(cpu=n_copied))
 
     def _make_room(self, layer: int, n_pages: int) -> None:

@@ -18,11 +18,23 @@ from .store import Moved, Ticket
 
 @dataclass(frozen=True)
 class PartRead:
-    """The reads of one file: rows ``rows`` of the caller's buffer follow from the plan's rows."""
+    """The reads of one file: rows ``rows`` of the caller's buffer follow from the plan's rows. The file's first page is
+    page ``first`` of the layer."""
 
     pending: PendingRead
     plan: ReadPlan
     rows: Int64Array
+    layer: int
+    first: int
+
+    def result(self) -> None:
+        """Return when the rows are there but for repeated ones; the error of a page that the file lost names it."""
+        try:
+            self.pending.result()
+        except IntegrityError as error:
+            if error.page is None:
+                raise
+            raise IntegrityError(str(error), layer=self.layer, page=self.first + error.page) from error
 
 
 class FileTicket(Ticket):
@@ -39,7 +51,7 @@ class FileTicket(Ticket):
         for part in self._parts:  # all of them before any failure is raised: nobody may write into ``out`` after that
             part.pending.done(None)
         for part in self._parts:
-            part.pending.result()
+            part.result()
             if len(part.plan.repeats):
                 repeated = torch.from_numpy(part.rows[part.plan.repeat_of]).to(self._out.device)
                 put_rows(self._out, part.rows[part.plan.repeats], self._out[repeated])

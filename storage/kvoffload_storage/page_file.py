@@ -52,9 +52,8 @@ class PageFile:
         return file
 
     @classmethod
-    def reopen(cls, directory: Path, header: Header, *, n_pages: int, direct: bool) -> "PageFile":
-        """A kept file, for reading; IntegrityError when it is missing, has another header or is too short for
-        ``n_pages``."""
+    def reopen(cls, directory: Path, header: Header, *, direct: bool) -> "PageFile":
+        """A kept file, for reading; IntegrityError when it is missing or has another header."""
         path = directory / layer_file_name(header.layer)
         if path.exists() and not path.is_file():
             raise IntegrityError(f"{path}: is no file")
@@ -71,8 +70,18 @@ class PageFile:
         found = decode_header(block[:n_read].tobytes(), name=str(path))
         if found != header:
             raise IntegrityError(f"{path}: header says {found}, expected {header}")
-        if file.n_allocated < n_pages:
-            raise IntegrityError(f"{path}: room for {file.n_allocated} pages, the manifest says {n_pages}")
+        return file
+
+    @classmethod
+    def stand_in(cls, directory: Path, header: Header) -> "PageFile":
+        """In memory, for reading in the place of a lost file: its header and no pages."""
+        path = directory / layer_file_name(header.layer)
+        try:
+            fd = os.memfd_create(path.name, os.MFD_CLOEXEC)
+            file = cls(path, fd, layout_of(header.shape), direct=False)
+            write_all(fd, memoryview(encode_header(header)), 0)
+        except OSError as error:
+            raise storage_error(error, path, HEADER_BYTES) from error
         return file
 
     def again(self) -> "PageFile":

@@ -1,8 +1,11 @@
-"""Small files that are written once, read whole and never followed through a link."""
+"""Small files that are written once, read whole and never followed through a link; what only its owner may read."""
 
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
+from .bundle_format import is_known
 from .errors import IntegrityError
 from .format import checksum
 from .page_file import lost_file, storage_error, write_all
@@ -67,3 +70,36 @@ def sync_folder(path: Path) -> None:
             os.close(fd)
     except OSError as error:
         raise storage_error(error, path, 0) from error
+
+
+def make_private(folder: Path) -> list[Path]:
+    """Give what is ours in a session, and this user's, modes 0700 and 0600 again; what stays open to others."""
+    left = []
+    for path in [folder, *_ours(folder)]:
+        state = path.lstat()
+        if stat.S_ISLNK(state.st_mode) or not state.st_mode & 0o077:
+            continue
+        if state.st_uid != os.getuid() or not _set_mode(path, 0o700 if stat.S_ISDIR(state.st_mode) else 0o600):
+            left.append(path)
+    return left
+
+
+def _set_mode(path: Path, mode: int) -> bool:
+    """Whether it could be done; a link is not followed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.fchmod(fd, mode)
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _ours(folder: Path) -> Iterator[Path]:
+    for entry in os.scandir(folder):
+        if is_known(entry.name):
+            yield Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                yield from _ours(Path(entry.path))

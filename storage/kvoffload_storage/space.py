@@ -2,16 +2,15 @@
 
 import fcntl
 import os
-import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .aligned import BLOCK_BYTES
 from .disk import free_bytes
 from .errors import CapacityError, StorageError
-from .locks import REMOVED, FolderLock, is_temporary, make_locked
+from .locks import REMOVED, FolderLock, is_temporary, make_locked, remove_ours
 from .manifests import read_manifest
 from .page_file import unusable
 
@@ -19,7 +18,8 @@ from .page_file import unusable
 @dataclass(frozen=True)
 class Room:
     """``max_bytes`` bounds what all processes' pages and sessions take in ``folder`` (of temporary folders only
-    ``alone`` where that is given, and no session), ``floor_bytes`` is what stays free on its disk.
+    ``alone`` where that is given, and no session), ``floor_bytes`` is what stays free on its disk. Where it ``spares``
+    sessions, none is deleted.
 
     Whoever adds bytes asks first, by ``taking``.
     """
@@ -28,6 +28,7 @@ class Room:
     max_bytes: int | None = None
     floor_bytes: int = 0
     alone: str | None = None
+    spares: bool = False
 
     @contextmanager
     def taking(self, n_bytes: int, links: Sequence[os.stat_result] = ()) -> Iterator[list[str]]:
@@ -99,7 +100,7 @@ class Room:
         """Sessions that are not pinned and not in use, oldest first; nobody else takes them in this block."""
         found = []
         with ExitStack() as locks:
-            for path in self.folder.glob("*.kvo") if self.alone is None else ():
+            for path in () if self.spares or self.alone is not None else self.folder.glob("*.kvo"):
                 try:
                     manifest = read_manifest(path)
                     lock = None if manifest.pinned else FolderLock.take(path)
@@ -113,7 +114,8 @@ class Room:
     def _remove(self, path: Path) -> None:
         away, mine = make_locked(self.folder, REMOVED)
         path.rename(away / path.name)
-        shutil.rmtree(away, ignore_errors=True)
+        with suppress(OSError):
+            remove_ours(away)
         mine.release()
 
     @contextmanager

@@ -33,16 +33,6 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading weights is a failure of the test."""
-
-    def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(command, "load_model", load)
-
-
 @pytest.mark.parametrize("module", ["kvoffload", "kvoffload.cli", "kvoffload.models.catalog"])
 def test_importing_loads_nothing_heavy(module: str) -> None:
     script = f"import {module}, sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
@@ -327,6 +317,18 @@ def test_what_the_system_refuses_has_the_exit_code_of_its_reason(
     ran = kvoffload(*TINY, "-p", "x", "--quiet")
     assert ran.code == code
     assert "some/file" in ran.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "--help"], ["generate", "--model", "tiny", "--max-new-tokens", "2", "-p", "a", "-q"]],
+)
+def test_output_that_finds_no_room_is_told_as_such(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "kvoffload", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == "error: [Errno 28] standard output cannot be written: No space left on device\n"
 
 
 def test_ctrl_c_exits_with_130_after_the_session_is_closed(

@@ -1,66 +1,21 @@
 """``--session`` and ``kvoffload session``, run as a user runs them."""
 
+import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xxhash
 from kvoffload_storage.disk import keep_read_unit
+from kvoffload_storage.locks import claim_name
 from kvoffload_storage.manifests import read_manifest, replace_manifest
+from session_runs import LONG, ONCE, TINY
 
-from kvoffload import cli
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.runtime import command
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.session import Session
-
-TINY = ["generate", "--model", "tiny", "--offload", "nvme", "--page-size", "4", "--recent", "8", "--json", "--quiet"]
-ONCE = [*TINY, "--max-new-tokens", "3"]
-LONG = "a book of pages " * 12
-
-
-class Ran:
-    """What a command line gave."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out.splitlines()[-1])
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> Ran:
-        code = cli.run([str(argument) for argument in arguments])
-        return Ran(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def session(run: Any, tmp_path: Path) -> Path:
-    path = tmp_path / "a.kvo"
-    assert run(*TINY, "--session", path, "-p", LONG, "--max-new-tokens", 5).code == 0
-    return path
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(command, "load_model", load)
-
-
-def damage(path: Path) -> None:
-    file = next(path.glob("pages-*/layer-0001.kv"))
-    data = bytearray(file.read_bytes())
-    data[4096] ^= 1
-    file.write_bytes(data)
 
 
 def test_auto_takes_the_page_size_of_the_session(run: Any, session: Path, tmp_path: Path) -> None:
@@ -84,14 +39,14 @@ def test_a_session_is_made_then_gone_on_with(run: Any, session: Path) -> None:
 def killed(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A command line that ends without a word when it has the first token of its answer."""
 
-    def kill(*arguments: object) -> Ran:
+    def kill(*arguments: object) -> Any:
         def die(session: Session, *_: object) -> None:
             next(iter(session.stream()))
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
             patched.setattr(command, "_stream", die)
-            return run(*arguments)  # type: ignore[no-any-return]
+            return run(*arguments)
 
     return kill
 
@@ -130,14 +85,19 @@ def test_after_a_killed_answer_another_prompt_comes_behind_it(
     assert n_tokens(run, session) == before + len("and then") + len(prompt) + 3
 
 
-@pytest.mark.parametrize("command", ["upgrade", "import", "fork"])
-@pytest.mark.parametrize("bound", [("--nvme-max", "100K"), ("--nvme-floor", "100T")])
+@pytest.mark.parametrize(
+    ("command", "bound"),
+    [
+        *itertools.product(["upgrade", "import", "fork"], [("--nvme-max", "100K"), ("--nvme-floor", "100T")]),
+        ("export", ("--nvme-floor", "100T")),
+    ],
+)
 def test_no_room_is_exit_code_3_and_changes_nothing(
     run: Any, session: Path, tmp_path: Path, command: str, bound: tuple[str, str]
 ) -> None:
     assert run("session", "export", session, tmp_path / "x.tar").code == 0
     before = sorted(tmp_path.rglob("*"))
-    source = {"upgrade": [], "import": [tmp_path / "x.tar"], "fork": [session]}[command]
+    source = {"upgrade": [], "import": [tmp_path / "x.tar"]}.get(command, [session])
     target = session if command == "upgrade" else tmp_path / "b.kvo"
     ran = run("session", command, *source, target, *bound)
     assert (ran.code, ran.err.count("\n")) == (3, 1), ran.err
@@ -154,6 +114,15 @@ def test_a_prompt_that_does_not_fit_the_disk_leaves_the_session(run: Any, sessio
     assert "the cap is" in ran.err
     assert {path: path.read_bytes() for path in session.rglob("*") if path.is_file()} == before
     assert run(*ONCE, "--session", session, "-p", "another").code == 0
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_session_that_another_process_makes_is_refused_before_weights_load(run: Any, tmp_path: Path) -> None:
+    claim = claim_name(tmp_path / "a.kvo")
+    ran = run(*ONCE, "--session", tmp_path / "a.kvo", "-p", "x")
+    assert (ran.code, ran.err) == (2, f"error: {tmp_path / 'a.kvo'}: another process is making this session\n")
+    claim.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_asking_nothing_goes_on_with_the_answer(run: Any, session: Path) -> None:
@@ -194,24 +163,6 @@ def test_what_cannot_be_is_told_in_one_line_before_weights_load(
     assert ran.code == 2
     assert complaint in ran.err
     assert ran.err.count("\n") == 1
-
-
-def test_a_damaged_page_ends_with_exit_code_4(run: Any, session: Path) -> None:
-    damage(session)
-    verified = run("session", "verify", session)
-    assert (verified.code, verified.err.count("\n")) == (4, 1)
-    assert "layer 1, page 0, slice 0" in verified.err
-    assert "1 damaged" in verified.out
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_a_damaged_manifest_ends_with_exit_code_4(run: Any, tmp_path: Path) -> None:
-    path = tmp_path / "a.kvo"
-    path.mkdir()
-    (path / "manifest.json").write_text("{}")
-    ran = run(*TINY, "--session", path, "-p", "x")
-    assert (ran.code, ran.err.count("\n")) == (4, 1)
-    assert "manifest.json: checksum" in ran.err
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -377,20 +328,3 @@ def test_sessions_that_no_cap_would_count_are_refused(run: Any, session: Path, t
         assert run("session", *words).code == 2
     assert run(*ONCE, "--session", tmp_path / name, "-p", "x").code == 2
     assert not (tmp_path / name).exists()
-
-
-def test_verify_reads_the_others_where_one_is_missing(run: Any, session: Path, tmp_path: Path) -> None:
-    damage(session)
-    told = run("session", "verify", tmp_path / "no.kvo", session, "--json")
-    reports = told.json["sessions"]
-    assert told.code == 4
-    assert "there is no such session" in reports[0]["error"]
-    assert len(reports[1]["damaged"]) == 1
-    assert run("session", "verify", tmp_path / "no.kvo").code == 2
-
-
-def test_what_lies_where_a_page_file_should_is_damage(run: Any, session: Path) -> None:
-    file = next(session.glob("pages-*/layer-0001.kv"))
-    file.unlink()
-    os.mkfifo(file)
-    assert run(*ONCE, "--session", session, "-p", "x").code == 4

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import stat
 
 import pytest
@@ -222,6 +223,32 @@ def test_everything_in_a_session_is_private(runtime, ids, tmp_path):
     assert (modes, folders) == ({0o600}, {0o700})
 
 
+def test_a_session_that_was_opened_to_others_is_private_again_when_it_is_written_to(
+    runtime, ids, tmp_path, monkeypatch, caplog
+):
+    path, rt = tmp_path / "a.kvo", runtime()
+    with rt.open_session(path) as session:
+        session.prefill(ids(60))
+    notes = path / "notes.txt"
+    notes.touch()
+    everything = [path, *path.rglob("*")]
+    for each in everything:
+        each.chmod(0o755)
+    with rt.restore(path):
+        assert {stat.S_IMODE(each.stat().st_mode) for each in everything} == {0o755}
+    with monkeypatch.context() as patched:
+        uid = os.getuid()
+        patched.setattr(os, "getuid", lambda: uid + 1)
+        with rt.open_session(path):
+            assert {stat.S_IMODE(each.stat().st_mode) for each in everything} == {0o755}
+        assert caplog.messages == [f"{path}: others may use it, and its mode cannot be changed by you"]
+    with rt.open_session(path):
+        modes = {each: stat.S_IMODE(each.stat().st_mode) for each in everything}
+    assert modes.pop(notes) == 0o755
+    assert modes == {each: 0o700 if each.is_dir() else 0o600 for each in modes}
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -267,6 +294,35 @@ def test_one_writer_at_a_time_and_readers_beside_it(runtime, ids, tmp_path):
         second.step(2)
         with pytest.raises(UsageError, match="was saved by another process since"):
             second.save(path)
+
+
+def test_one_maker_at_a_time_who_is_told_before_the_prefill(runtime, ids, tmp_path):
+    path, rt = tmp_path / "a.kvo", runtime()
+    with rt.open_session(path) as first:
+        with pytest.raises(UsageError, match="another process is making this session"):
+            rt.open_session(path)
+        with rt.open_session(tmp_path / "b.kvo"):
+            pass
+        first.prefill(ids(20))
+        assert {p.name for p in tmp_path.iterdir()} == {"a.kvo", "pages"}
+        with pytest.raises(UsageError, match="another process is writing"):
+            rt.open_session(path)
+    with rt.open_session(tmp_path / "c.kvo"):
+        assert len(list(tmp_path.iterdir())) == 3
+    assert {p.name for p in tmp_path.iterdir()} == {"a.kvo", "pages"}
+
+
+def test_a_killed_maker_leaves_the_name_free(runtime, tmp_path):
+    path, rt = tmp_path / "a.kvo", runtime()
+    child = os.fork()
+    if child == 0:
+        made = rt.open_session(path)
+        os.kill(os.getpid(), signal.SIGKILL)
+        made.close()
+    os.waitpid(child, 0)
+    with rt.open_session(path) as session:
+        session.prefill([1, 2, 3])
+    assert {p.name for p in tmp_path.iterdir()} == {"a.kvo", "pages"}
 
 
 def test_a_broken_off_prefill_goes_on_from_the_last_chunk(runtime, ids, tmp_path, monkeypatch):

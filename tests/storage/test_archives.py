@@ -17,6 +17,7 @@ from kvoffload_storage.bundle import read_manifest, save_bundle
 from kvoffload_storage.bundle_check import damaged_pages
 from kvoffload_storage.bundle_format import new_name
 from kvoffload_storage.locks import NEW, make_locked
+from kvoffload_storage.space import Room
 
 SHAPE = StoreShape(2, 2, 4096)
 
@@ -217,7 +218,7 @@ def test_an_export_never_replaces_a_file_and_needs_no_path_to_its_pages(saved: P
     bundle = open_bundle(saved, direct=False)
     for path in saved.glob("pages-*/*"):  # as a save by another process does
         path.unlink()
-    archive_module._pack(bundle, tmp_path / "x.tar")
+    archive_module._pack(bundle, tmp_path / "x.tar", Room(tmp_path))
     bundle.close()
     import_bundle(tmp_path / "x.tar", tmp_path / "b.kvo")
     with pytest.raises(Exception, match="File exists"):

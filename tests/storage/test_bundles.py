@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from kvoffload_storage import (
     save_bundle,
     sweep,
 )
-from kvoffload_storage.locks import PAGES, make_locked
+from kvoffload_storage.locks import PAGES, REMOVED, make_locked
 from torch import Tensor
 
 SHAPE = StoreShape(2, 2, 4096)
@@ -300,3 +301,54 @@ def test_what_is_not_ours_is_not_swept(tmp_path: Path) -> None:
     (tmp_path / f"{PAGES}file").write_text("a file")
     assert sweep(tmp_path) == []
     assert (path / "thesis.txt").exists()
+
+
+def add_notes(session: Path) -> set[str]:
+    """Files of the user's at places in a session; their names and those of their folders."""
+    (session / "notes").mkdir()
+    segment = next(session.glob("pages-*"))
+    for folder in (session, session / "notes", segment):
+        (folder / "thesis.txt").write_text("important")
+    (session / "notes" / "manifest.json").write_text("mine")
+    (session / f"pages-{'0' * 16}").symlink_to(session / "notes")
+    return {
+        "thesis.txt",
+        "notes",
+        "notes/thesis.txt",
+        "notes/manifest.json",
+        segment.name,
+        f"{segment.name}/thesis.txt",
+    }
+
+
+def remains(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_what_is_not_ours_stays_of_a_removed_session_and_is_told_once(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = add_notes(saved)
+    remove_bundle(saved)
+    assert not saved.exists()
+    (left,) = saved.parent.iterdir()
+    assert remains(left) == expected
+    assert len(caplog.records) == 1
+    assert str(left) in caplog.text
+    assert sweep(saved.parent) == []
+    assert remains(left) == expected
+    assert len(caplog.records) == 1
+
+
+def test_what_a_killed_removal_left_goes_but_for_what_is_not_ours(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = add_notes(saved)
+    away = saved.parent / f"{REMOVED}0123456789abcdef"
+    saved.rename(away)
+    for _ in range(2):
+        assert sweep(saved.parent) == []
+        assert remains(away) == expected
+        assert len(caplog.records) == 1
+    shutil.rmtree(away)
+    assert sweep(saved.parent) == []

@@ -211,8 +211,9 @@ def test_a_file_cut_short_is_found(engine: str, direct: file_module.Direct) -> N
     store.append(0, pages_of(6))
     store.flush()
     os.truncate(store.directory / "layer-0000.kv", 4096 + 5 * STRIDE)
-    with pytest.raises(IntegrityError, match=r"layer-0000\.kv: 0 bytes at 45056, expected 4096"):
+    with pytest.raises(IntegrityError, match=r"layer-0000\.kv: 0 bytes at 45056, expected 4096") as caught:
         store.read_slices(0, torch.tensor([5]), torch.tensor([0]), torch.empty(1, 4096, dtype=torch.uint8)).wait()
+    assert (caught.value.layer, caught.value.page) == (0, 5)
     store.close()
 
 

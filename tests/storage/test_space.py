@@ -18,6 +18,7 @@ from kvoffload_storage import (
     open_bundle,
     read_manifest,
     save_bundle,
+    space,
 )
 from kvoffload_storage.archive import export_bundle, import_bundle
 from kvoffload_storage.rewrite import rewrite_bundle
@@ -185,6 +186,17 @@ def test_whatever_adds_bytes_is_admitted_before_it_writes(
     assert {p: p.lstat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
     act(path, Room(folder, max_bytes=3 << 20))
     assert taken(folder) > 1 << 20
+
+
+def test_an_export_keeps_the_floor_and_deletes_nothing_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = add(tmp_path, "a.kvo", pinned=False)
+    monkeypatch.setattr(space, "free_bytes", lambda folder: 3 << 19)
+    room = Room(tmp_path, floor_bytes=1 << 20, spares=True)
+    with pytest.raises(CapacityError, match="the floor is"):
+        export_bundle(path, tmp_path / "a.tar", room=room)
+    assert [found.name for found in tmp_path.iterdir()] == ["a.kvo"]
+    n_bytes = export_bundle(path, tmp_path / "a.tar", room=Room(tmp_path, floor_bytes=1, spares=True))
+    assert (tmp_path / "a.tar").stat().st_size == n_bytes > 1 << 20
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, name: str, then: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..aligned import aligned_empty, round_down, round_up
 from ..errors import IntegrityError
+from ..format import HEADER_BYTES
 from ..page_file import PageFile, storage_error
 from ..plan import Int64Array, ReadPlan
 
@@ -52,11 +53,17 @@ class ReadJob(NamedTuple):
     def finish(self, buffers: Sequence[memoryview], n_read: int, file: PageFile) -> None:
         """Check that all bytes came and copy them from scratch memory; ``buffers`` as ``buffers()`` gave them."""
         if n_read != self.n_bytes:
-            raise IntegrityError(f"{file.path}: {n_read} bytes at {self.offset}, expected {self.n_bytes}")
+            raise file_ends(file, self.offset, n_read, self.n_bytes)
         if self.starts is None:
             return
         for target, start in zip(self.targets, self.starts, strict=True):
             target[:] = buffers[0][start : start + len(target)]
+
+
+def file_ends(file: PageFile, offset: int, n_read: int, n_bytes: int) -> IntegrityError:
+    """That a file ends within a read of ``n_bytes``; ``page`` is the first of the file's own that is not there."""
+    page = (offset + n_read - HEADER_BYTES) // file.layout.page_stride
+    return IntegrityError(f"{file.path}: {n_read} bytes at {offset}, expected {n_bytes}", page=max(page, 0))
 
 
 @dataclass(frozen=True, eq=False)

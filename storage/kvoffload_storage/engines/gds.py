@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import IntegrityError, StorageError
+from ..errors import StorageError
 from ..page_file import PageFile
-from .base import Engine, PendingRead, ReadBatch
+from .base import Engine, PendingRead, ReadBatch, file_ends
 from .probe import why_not
 from .threads import ThreadsEngine
 
@@ -98,7 +98,7 @@ def _drain(file: PageFile, opened: Any, batch: ReadBatch, waiting: deque[tuple[i
         except IndexError:
             return
         if offset + n_bytes > size:  # load_storage is silent about short reads
-            raise IntegrityError(f"{file.path}: {size - offset} bytes at {offset}, expected {n_bytes}")
+            raise file_ends(file, offset, size - offset, n_bytes)
         try:
             opened.load_storage(_part(batch.memory, place, n_bytes), offset)
         except RuntimeError as error:
