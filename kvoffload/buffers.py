@@ -4,6 +4,8 @@ it keeps shape and address."""
 import torch
 from torch import Tensor
 
+from kvoffload.streamed import streamed_empty
+
 
 class Room:
     """A fixed number of places for pages, so that what a step reads keeps its shapes and addresses while pages come.
@@ -32,9 +34,11 @@ class Room:
 
 
 class Growing:
-    """[rows, n, ...] with amortised appends; ``view`` is valid until the next append."""
+    """[rows, n, ...] with amortised appends; ``view`` is valid until the next append. What is ``streamed`` lies in host
+    memory, where a GPU reads and writes it across the link."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, streamed: bool = False) -> None:
+        self._empty = streamed_empty if streamed else Tensor.new_empty
         self._data: Tensor | None = None
         self._length = 0
         self._held: int | None = None
@@ -56,7 +60,7 @@ class Growing:
         """Add rows [rows, k, ...] at the end."""
         end = self._length + rows.shape[1]
         if self._data is None or end > self._data.shape[1]:
-            self._replace(rows.new_empty(rows.shape[0], max(end, 2 * self._length), *rows.shape[2:]))
+            self._replace(self._empty(rows, (rows.shape[0], max(end, 2 * self._length), *rows.shape[2:])))
         assert self._data is not None, "it was made just now"
         self._data[:, self._length : end] = rows
         self._length = end
@@ -87,7 +91,7 @@ class Growing:
             return
         assert self._data is not None, "nothing was appended yet"
         if n > self._data.shape[1]:
-            self._replace(self._data.new_empty(self._data.shape[0], n, *self._data.shape[2:]))
+            self._replace(self._empty(self._data, (self._data.shape[0], n, *self._data.shape[2:])))
         self._data[:, self._length : n] = 0
 
     def _replace(self, larger: Tensor) -> None:

@@ -270,7 +270,8 @@ class RuntimeConfig(BaseModel):
         fixed = self.selector.holds and all(completion.holds for completion in self.completion)
         whole = self.fetch == "wait" and self.prefetch == 0
         free = self.head_floor == 0 and self.head_cap is None
-        return self.cuda_graph == "auto" and fixed and whole and self.index == "device" and free and not waits
+        on_device = self.index == "device" or self.selector.has_index
+        return self.cuda_graph == "auto" and fixed and whole and on_device and free and not waits
 
     @property
     def effective_budget(self) -> Budget:

@@ -24,6 +24,7 @@ from kvoffload.geometry import Geometry
 from kvoffload.index.base import KeyIndex
 from kvoffload.policies.accuracy import Audit, BoundedMass, Margin
 from kvoffload.policies.base import Depth, Policy
+from kvoffload.selection.base import Selector
 from kvoffload.selection.topk import HeadBounds
 from kvoffload.units import Budget
 
@@ -78,8 +79,11 @@ def build_layer(
     for this layer alone where they are not given."""
     n_layers = store.shape.n_layers
     device = keys.device
-    index_device = torch.device("cpu") if config.index == "cpu" else device
-    selector = config.selector.build(geometry, index_device)
+
+    def build_selector() -> Selector:
+        return _selector(config, geometry, device)
+
+    selector = build_selector()
 
     def build_completion() -> tuple[Completion, GatedCompletion | None]:
         return _completion(config, geometry, model_layer, device, selector.index)
@@ -106,7 +110,7 @@ def build_layer(
     cache.prefetch = prefetch or cache.prefetch
     cache.fetch.patience_s = config.fetch_ms / 1000 if config.fetch == "deadline" else None
     rebuild = Rebuild(
-        selector=(lambda: config.selector.build(geometry, index_device)) if selector.uses_anchor else None,
+        selector=build_selector if selector.uses_anchor else None,
         completion=build_completion if completion.uses_anchor else None,
     )
     cache.upkeep = tuple(_upkeep(config, gate, rebuild))
@@ -122,6 +126,17 @@ def build_layer(
     if config.audit is not None:
         cache.reading = Audit(cache.reading, config.audit, margin)
     return cache
+
+
+def _selector(config: RuntimeConfig, geometry: Geometry, device: torch.device) -> Selector:
+    """With ``index = "cpu"`` codes of single tokens lie in host memory and a GPU streams them; all else the host scores
+    where it lies."""
+    if config.index == "device" or not config.selector.has_index:
+        return config.selector.build(geometry, device if config.index == "device" else torch.device("cpu"))
+    selector = config.selector.build(geometry, device)
+    assert selector.index is not None, "it has one"
+    selector.index.stream()
+    return selector
 
 
 def _upkeep(config: RuntimeConfig, gate: GatedCompletion | None, rebuild: Rebuild) -> Iterator[Upkeep]:

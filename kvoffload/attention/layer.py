@@ -157,7 +157,7 @@ class LayerCache:
     def can_fix(self) -> bool:
         """Whether steps can have fixed shapes as this layer is now; it has pages then."""
         parts = (self.reading, self.chooser, self.fetch, self.selector, self.completion)
-        plain = self.page_filter is None and self.gate is None and not self.index_on_host
+        plain = self.page_filter is None and self.gate is None and self.selector.device == self.anchors.keys.device
         plain = plain and self.head_bounds == UNBOUNDED  # a list that is not read to its end would be another one
         plain = plain and self.prefetch.share == 0
         return self.ready and plain and self.n_pages > 0 and all(part.can_hold for part in parts)
@@ -334,6 +334,15 @@ class LayerCache:
         return self.anchors.resident_bytes + summaries + upkeep + self.fetch.slots.resident_bytes + pages
 
     @property
+    def index_link_bytes(self) -> int:
+        """Bytes of a streamed index that a step reads across the link: to score, and to complete from it."""
+        index = self.selector.index
+        n_readings = self.n_scorings + self.completion.uses_scores
+        return 0 if index is None or not index.streamed else index.index_bytes * n_readings
+
+    @property
     def index_host_bytes(self) -> int:
-        """Bytes of an index that was put into host memory."""
-        return self.selector.resident_bytes if self.index_on_host else 0
+        """Bytes of an index that was put into host memory, be it scored there or streamed."""
+        streamed = self.selector.device.type != "cpu"
+        on_host = self.selector.index_bytes if streamed else self.selector.resident_bytes
+        return on_host if self.index_on_host else 0

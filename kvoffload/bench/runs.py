@@ -109,7 +109,7 @@ class OurRun(Run):
             weights=read_weight_bytes(self._model),
             index=sum(x.selector.index_bytes for x in layers if not x.index_on_host),
             completion=sum(x.completion.state_bytes for x in layers),
-            fetched=(self._moved() - self._before) / n_steps,
+            fetched=(self._moved() - self._before) / n_steps + sum(x.index_link_bytes for x in layers),
             kv=0 if slow else kv,
         )
 
@@ -119,7 +119,8 @@ class OurRun(Run):
 
     def told(self) -> dict[str, Any]:
         stats = self._stats()
-        told = ("budget_tokens", "read_tokens_per_step", "charged_tokens_per_step", "hit_rate", "completion_mass")
+        told = ["budget_tokens", "read_tokens_per_step", "charged_tokens_per_step", "hit_rate", "completion_mass"]
+        told.append("index_read_share")
         replays = self._session.replays
         refusal = "" if replays.graph is None else replays.graph.refusal
         graph = {"graph_steps": replays.count, "graph_refusal": refusal, "compiled": replays.compiled}

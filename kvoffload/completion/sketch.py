@@ -64,7 +64,7 @@ class SketchCompletionConfig(RegressionConfigBase):
 
 class SketchCompletion(RegressionCompletion):
     """The first ``FIT_TOKENS`` tokens wait, with their values as they are, for the fit that the codes need. Codes lie
-    where the index does."""
+    on the index's device."""
 
     row_state = (*RegressionCompletion.row_state, "_first_map", "_first_centre", "_rests")
 

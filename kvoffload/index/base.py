@@ -24,10 +24,19 @@ class KeyIndex(Rowwise, ABC):
     needs_logits: bool = False
     """Set by a completion that asks for every token's logit: then pages are scored by way of them."""
 
+    streamed: bool = False
+    """Whether what a query meets of each token lies in host memory, which the device reads across the link as it
+    scores; set by ``stream``."""
+
     room: Room | None = None
     """Set by ``hold``: what scores and attends gives that many pages."""
 
     _scored: tuple[Tensor, Tensor] | None = None
+
+    def stream(self) -> None:
+        """Before the first page: from now on it is ``streamed``."""
+        self.streamed = True
+        self.reset()
 
     @property
     def span(self) -> int:

@@ -23,7 +23,7 @@ class QuantizedIndex(KeyIndex):
         self.reset()
 
     def reset(self, sample: KeySample | None = None) -> None:
-        self._codes, self._zero, self._step = Growing(), Growing(), Growing()
+        self._codes, self._zero, self._step = (Growing(streamed=self.streamed) for _ in range(3))
         self._open: Tensor | None = None  # [rows, T, D]; in front the tokens of the group that is not full yet
         self._padding = Padding()
         self.n_tokens, self.room = 0, None

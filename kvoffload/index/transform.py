@@ -46,7 +46,7 @@ class TransformIndex(KeyIndex):
         self.reset()
 
     def reset(self, sample: KeySample | None = None) -> None:
-        self._raw, self._codes = Growing(), Growing()
+        self._raw, self._codes = Growing(), Growing(streamed=self.streamed)
         self._padding = Padding()
         enough = sample is not None and sample.keys.shape[1] >= FIT_TOKENS
         self._code = self._fit(sample) if sample is not None and enough else None

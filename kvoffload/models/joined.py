@@ -88,13 +88,13 @@ def find_joints(module: nn.Module) -> Iterator[Joint]:
 @contextmanager
 def queries_alone(attention: nn.Module) -> Iterator[None]:
     """Inside this block an attention module's queries are a product of their own, and its keys and values, which nobody
-    will read, are zeros. Where their layers are not torch's own or are hooked, nothing is changed."""
+    will read, are anything finite. Where their layers are not torch's own or are hooked, nothing is changed."""
     children = dict(attention.named_children())
     layers = [layer for name in _GROUPS[0] if type(layer := children.get(name)) is nn.Linear and not _is_hooked(layer)]
     before = [vars(layer).get("forward") for layer in layers]
     with ExitStack() as undo:
         if len(layers) == len(_GROUPS[0]) and all(given is None or _is_part(given) for given in before):
-            for layer, given, forward in zip(layers, before, (nn.Linear.forward, _zeros, _zeros), strict=True):
+            for layer, given, forward in zip(layers, before, (nn.Linear.forward, _unread, _unread), strict=True):
                 undo.callback(_put_back, layer, given)
                 vars(layer)["forward"] = MethodType(forward, layer)
         yield
@@ -115,8 +115,9 @@ def _is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def _zeros(layer: nn.Linear, x: Tensor) -> Tensor:
-    return x.new_zeros(()).expand(*x.shape[:-1], layer.out_features)
+def _unread(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Of the right shape, without a launch."""
+    return x[..., :1].expand(*x.shape[:-1], layer.out_features)
 
 
 def _groups(module: nn.Module) -> Iterator[list[nn.Linear]]:

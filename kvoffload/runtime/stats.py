@@ -45,6 +45,7 @@ class Stats:
     max_dropped_mass: float | None = None
     dropped_mass: float | None = None
     dropped_mass_held: float | None = None
+    index_read_share: float | None = None
     graph_steps: int = 0
     compiled: str = ""
 
@@ -109,6 +110,14 @@ def scored_share(layers: Sequence[LayerCache]) -> float | None:
     return sum(layer.meter.scored_rows for layer in layers) / n_steps if n_steps else None
 
 
+def index_read_share(layers: Sequence[LayerCache]) -> float | None:
+    """What the newest step read of a streamed index, as a share of the KV; None where the device has the index, or the
+    host scores it."""
+    n_bytes = sum(layer.index_link_bytes for layer in layers)
+    kv = sum(layer.n_tokens * layer.geometry.rows * layer.geometry.token_bytes for layer in layers)
+    return n_bytes / kv if n_bytes else None
+
+
 def collect(
     layers: Sequence[LayerCache],
     *,
@@ -161,6 +170,7 @@ def collect(
         bytes_written={"cpu": written.cpu, "nvme": written.nvme},
         resident_bytes=sum(x.resident_bytes for x in layers) + sum(staged.values()) + bounded_bytes,
         index_host_bytes=sum(layer.index_host_bytes for layer in layers),
+        index_read_share=index_read_share(layers),
         completion_mass=sum(masses) / len(masses) if masses else None,
         hit_rate=sum(int(layer.fetch.n_hits) for layer in layers) / n_asked if n_asked else None,
         disk_wait_ms=sum(layer.fetch.wait_s for layer in layers) / n_steps * 1000 if n_steps else None,

@@ -137,7 +137,6 @@ def test_cropped_tokens_are_not_seen_any_more():
     [
         {"selector": "exact", "completion": "none"},
         {"selector": "bounds", "completion": "pages"},
-        {"selector": "quantized", "index": "cpu", "completion": "none"},
         {"completion": "none+anchored", "gate": True},
         {"policy": "refresh"},
         {"policy": "retro"},

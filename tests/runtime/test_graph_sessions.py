@@ -127,7 +127,6 @@ def test_logits_that_were_given_out_stay_as_they_are(pair):
         {"cuda_graph": "off"},
         {"offload": "nvme", "cpu_max": "1MiB", "prefetch": 0.5},
         {"policy": "retro"},
-        {"index": "cpu"},
     ],
     ids=str,
 )
@@ -135,6 +134,20 @@ def test_where_steps_cannot_be_replayed_they_are_ordinary(pair, fields):
     replayed, plain = pair(**fields)
     assert generated(replayed) == generated(plain)
     assert replayed.stats().graph_steps == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"selector": "quantized", "completion": "anchored"}, {"selector": "quantized", "completion": "regression"}],
+    ids=str,
+)
+def test_steps_that_stream_their_index_are_replayed(pair, fields):
+    replayed, plain = pair(index="cpu", **fields)
+    assert generated(replayed) == generated(plain)
+    stats = replayed.stats()
+    assert stats.graph_steps > 10
+    assert stats.index_host_bytes > 0
+    assert stats.index_read_share == plain.stats().index_read_share > 0
 
 
 def test_reads_of_files_are_between_replays(pair):
