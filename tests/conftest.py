@@ -7,6 +7,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 import pytest
 import torch
 import torch.utils._device
+from interpreter import hasten
+
+hasten()
 
 # torch collects the functions that a ``with torch.device(...)`` block redirects once, on first use. That has to happen
 # before ``torch.empty`` is poisoned, or the block has no effect on it and shapes on "meta" are really allocated.
@@ -29,3 +32,10 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+
+
+@pytest.fixture
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes and sketches are fitted to 64 tokens, so that a short prompt is enough for every kind."""
+    for module in ("index.transform", "selection.transform", "completion.sketch"):
+        monkeypatch.setattr(f"kvoffload.{module}.FIT_TOKENS", 64)

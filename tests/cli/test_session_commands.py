@@ -10,7 +10,7 @@ import xxhash
 from kvoffload_storage.disk import keep_read_unit
 from kvoffload_storage.locks import claim_name
 from kvoffload_storage.manifests import read_manifest, replace_manifest
-from session_runs import LONG, ONCE, TINY
+from session_runs import LONG, ONCE, SOME, TINY
 
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.runtime import command
@@ -134,7 +134,7 @@ def test_asking_nothing_goes_on_with_the_answer(run: Any, session: Path) -> None
 
 def test_a_readonly_session_is_left_as_it_is(run: Any, session: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in session.rglob("*")}
-    answers = {run(*TINY, "--session", session, "--session-readonly", "-p", "why?").json["text"] for _ in range(2)}
+    answers = {run(*SOME, "--session", session, "--session-readonly", "-p", "why?").json["text"] for _ in range(2)}
     assert len(answers) == 1
     assert {path: path.stat().st_mtime_ns for path in session.rglob("*")} == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.kvo"]
@@ -192,7 +192,7 @@ def test_export_import_fork_and_upgrade_keep_what_is_said(run: Any, session: Pat
     assert run("session", "upgrade", session).code == 0
     assert run("session", "inspect", session, "--json").json["segments"] == 1
     assert run("session", "inspect", fork, "--json").json["segments"] == 2
-    asked = [run(*TINY, "--session", path, "-p", "so?").json for path in (session, copy, fork)]
+    asked = [run(*SOME, "--session", path, "-p", "so?").json for path in (session, copy, fork)]
     assert len({answer["text"] for answer in asked}) == 1
     assert run("session", "verify", session, copy, fork).code == 0
     listed = run("session", "ls", tmp_path, "--json").json["sessions"]

@@ -7,32 +7,30 @@ from layers import geometry, new_layer, step, take_in, tokens
 from torch.testing import assert_close
 
 from kvoffload.attention.fixed import FixedSteps, decode_fixed
-from kvoffload.completion.sketch import FIT_TOKENS as SKETCH_FIT_TOKENS
-from kvoffload.index.transform import FIT_TOKENS
 from kvoffload.selection import topk
 
 pytest.importorskip("triton")
-N_STEPS = 3
+N_PROMPT, N_STEPS = 110, 3
 SIZES = {"page_size": 8, "sinks": 8, "recent": 16, "budget": "15%"}
 
 
-def steps_of(settings, n_prompt, padding):
+def steps_of(settings, padding):
     shape = geometry(key_dim=16, page_size=8)
-    query, keys, values = tokens(shape, n_prompt + N_STEPS)
+    query, keys, values = tokens(shape, N_PROMPT + N_STEPS)
     layer = new_layer(shape, **(SIZES | settings))
-    take_in(layer, query[:, :, :n_prompt], keys[:, :n_prompt], values[:, :n_prompt], padding)
+    take_in(layer, query[:, :, :N_PROMPT], keys[:, :N_PROMPT], values[:, :N_PROMPT], padding)
     return torch.cat(
-        [step(layer, query, keys, values, slice(i, i + 1)) for i in range(n_prompt, n_prompt + N_STEPS)], 2
+        [step(layer, query, keys, values, slice(i, i + 1)) for i in range(N_PROMPT, N_PROMPT + N_STEPS)], 2
     )
 
 
-def fixed_steps_of(settings, n_prompt, padding):
+def fixed_steps_of(settings, padding):
     shape = geometry(key_dim=16, page_size=8)
-    query, keys, values = tokens(shape, n_prompt + N_STEPS)
+    query, keys, values = tokens(shape, N_PROMPT + N_STEPS)
     layer = new_layer(shape, **(SIZES | settings))
-    take_in(layer, query[:, :, :n_prompt], keys[:, :n_prompt], values[:, :n_prompt], padding)
+    take_in(layer, query[:, :, :N_PROMPT], keys[:, :N_PROMPT], values[:, :N_PROMPT], padding)
     maker, steps = FixedSteps([layer], room_tokens=64), []
-    for i in range(n_prompt, n_prompt + N_STEPS):
+    for i in range(N_PROMPT, N_PROMPT + N_STEPS):
         assert maker.advance()
         part = decode_fixed(layer, query[:, :, i], keys[:, i : i + 1], values[:, i : i + 1])
         maker.finish()
@@ -54,12 +52,10 @@ def fixed_steps_of(settings, n_prompt, padding):
     ],
 )
 def test_a_step_through_the_kernels_is_one_through_the_references(
-    selector, completion, gpu_cache, padding, steps_of, monkeypatch
+    selector, completion, gpu_cache, padding, steps_of, short_fits, monkeypatch
 ):
-    n_fitted = SKETCH_FIT_TOKENS if completion == "sketch" else FIT_TOKENS
-    n_prompt = n_fitted + 60 if selector == "transform" else 110
     settings = {"selector": selector, "completion": completion, "gpu_cache": gpu_cache}
     monkeypatch.setattr(topk, "fuses_top_pages", lambda scores, n_slices: True)  # the same Top-K in both
-    expected = steps_of(settings, n_prompt, padding)
+    expected = steps_of(settings, padding)
     monkeypatch.setattr(dispatch, "_verified", lambda folder, tensor: True)
-    assert_close(steps_of(settings, n_prompt, padding), expected, atol=1e-3, rtol=1e-3)
+    assert_close(steps_of(settings, padding), expected, atol=1e-3, rtol=1e-3)

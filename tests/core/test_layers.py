@@ -1,6 +1,7 @@
 """The import rules of ARCHITECTURE.md, read from the source; nothing is imported here."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,12 @@ def files(*folders):
 
 
 def trees(*folders):
-    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in files(*folders)]
+    return [(path, parsed(path)) for path in files(*folders)]
+
+
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def package_of(path):
@@ -91,18 +97,14 @@ def test_layers_import_only_what_lies_below_them(folders, forbidden, allowed):
 def test_only_the_models_know_transformers():
     others = [path for path in CORE.iterdir() if path.name != "models" and path.is_dir() and path.name != "__pycache__"]
     assert offenders([KERNELS, STORAGE, *others], ["transformers"]) == []
-    assert not [
-        p
-        for p in CORE.glob("*.py")
-        if "transformers" in {m.split(".")[0] for m in imports(p, ast.parse(p.read_text()))}
-    ]
+    assert not [p for p in CORE.glob("*.py") if "transformers" in {m.split(".")[0] for m in imports(p, parsed(p))}]
 
 
 def test_only_the_storage_and_the_server_are_asynchronous():
     others = [path for path in CORE.iterdir() if path.is_dir() and path.name not in ("server", "__pycache__")]
     assert offenders([KERNELS, *others], ["asyncio", "aiofiles"]) == []
     assert offenders([CORE / "server"], ["aiofiles"]) == []
-    assert not [p for p in CORE.glob("*.py") if {"asyncio", "aiofiles"} & {*imports(p, ast.parse(p.read_text()))}]
+    assert not [p for p in CORE.glob("*.py") if {"asyncio", "aiofiles"} & {*imports(p, parsed(p))}]
 
 
 def test_only_the_server_knows_http():

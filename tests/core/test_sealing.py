@@ -15,7 +15,8 @@ from recorded import record
 from kvoffload.attention.decode import decode
 from kvoffload.attention.fixed import FixedSteps, decode_fixed
 
-N_LAYERS, N_PROMPT, N_STEPS = 3, 2108, 40  # ten pages of four tokens; the prompt is long enough for every fit
+N_LAYERS, N_PROMPT, N_STEPS = 3, 108, 40  # ten pages of four tokens; the prompt is long enough for every short fit
+pytestmark = pytest.mark.usefixtures("short_fits")
 PAIRS = [
     ("bounds", "none"),
     ("mean", "mean_value"),

@@ -139,9 +139,6 @@ def captures(loaded, monkeypatch):
     embedding[256] = kept
 
 
-LONG = [n + 2100 for n in (150, 97, 131)]
-
-
 @pytest.mark.parametrize(
     ("lengths", "fields"),
     [
@@ -149,14 +146,14 @@ LONG = [n + 2100 for n in (150, 97, 131)]
         ([150, 97, 131], {"selector": "bounds", "completion": "none", "pool": "none", "gpu_cache": "64KiB"}),
         ([150, 97, 131], {"selector": "quantized:group=16", "completion": "anchored:segments=5"}),
         ([150, 150], {"selector": "quantized:group=16", "completion": "regression"}),
-        (LONG, {"selector": "transform", "completion": "none"}),
-        (LONG, {"selector": "transform", "completion": "regression"}),
-        (LONG, {"selector": "transform", "completion": "sketch:bits=0.5"}),
+        ([150, 97, 131], {"selector": "transform", "completion": "none"}),
+        ([150, 97, 131], {"selector": "transform", "completion": "regression"}),
+        ([150, 97, 131], {"selector": "transform", "completion": "sketch:bits=0.5"}),
         ([150, 97, 131], {"selector": "uniform", "completion": "none", "offload": "none", "budget": "100%"}),
     ],
     ids=str,
 )
-def test_answers_by_replays_are_those_of_ordinary_steps(loaded, prefilled, captures, lengths, fields):
+def test_answers_by_replays_are_those_of_ordinary_steps(loaded, prefilled, captures, short_fits, lengths, fields):
     """The same words, and the same costs, whatever the padding."""
     sources, config = prefilled(lengths, n_new=24), policy(**({"budget": "15%"} | fields))
     plain = answer(loaded, sources, config.model_copy(update={"cuda_graph": "off"}))

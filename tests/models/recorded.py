@@ -21,6 +21,8 @@ NEEDS_THE_HOST = (
 
 
 def tensors(values):
+    if isinstance(values, torch.Tensor):
+        return [values]
     return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
 
 
@@ -44,12 +46,15 @@ class Recorder(TorchDispatchMode):
         written = [kwargs.get(name, args[i] if i < len(args) else None) for name, i in places.items()]
         self.before += [(tensor, tensor.clone()) for tensor in tensors(written)]
         given = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, given))
+        known = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
+        made = [tensor if tensor.untyped_storage().data_ptr() not in known else None for tensor in tensors(given)]
+        if written or any(tensor is not None for tensor in made):  # else it is a view
+            self.calls.append((func, args, kwargs, made))
         return given
 
     def cut(self, work):
         """Work of the host, which replays do in its place."""
-        self.calls.append((work, (), {}, None))
+        self.calls.append((work, (), {}, []))
 
     def undo(self):
         for tensor, held in reversed(self.before):
@@ -57,10 +62,10 @@ class Recorder(TorchDispatchMode):
         self.before = []
 
     def replay(self):
-        for func, args, kwargs, given in self.calls:
-            places = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
-            for old, new in zip(tensors(given), tensors(func(*args, **kwargs)), strict=True):
-                if old.untyped_storage().data_ptr() not in places:  # no view, and nothing that was written in place
+        for func, args, kwargs, made in self.calls:
+            given = func(*args, **kwargs)
+            for old, new in zip(made, tensors(given) if made else [], strict=True):
+                if old is not None:
                     old.copy_(new)
 
 

@@ -6,9 +6,7 @@ from families import family_model
 from recorded import record
 from torch.testing import assert_close
 
-from kvoffload.completion.sketch import FIT_TOKENS as SKETCH_FIT_TOKENS
 from kvoffload.config import RuntimeConfig
-from kvoffload.index.transform import FIT_TOKENS
 from kvoffload.models.cache import OffloadCache
 from kvoffload.models.feed import feed
 from kvoffload.models.self_test import switch_attention
@@ -16,7 +14,7 @@ from kvoffload.models.step_graph import StepGraph
 from kvoffload.runtime.stats import collect
 
 SIZES = {"sinks": 4, "recent": 8, "page_size": 4}
-N_STEPS, ROOM, PADDING = 24, 16, 21
+N_PROMPT, N_STEPS, ROOM, PADDING = 140, 24, 16, 21
 
 
 @pytest.fixture(scope="module")
@@ -78,29 +76,27 @@ def assert_same(given, expected):
     assert given[2].completion_mass == pytest.approx(expected[2].completion_mass, abs=1e-4)
 
 
-@pytest.mark.parametrize("n_sequences", [1, 2], ids=["one", "padded batch"])
-@pytest.mark.parametrize("gpu_cache", ["off", "64KiB"])
 @pytest.mark.parametrize(
-    ("selector", "completion"),
-    [
-        (selector, completion)
-        for selector in ("transform", "quantized:group=16", "bounds")
-        for completion in ("none", "anchored:segments=5", "regression")
+    ("selector", "completion", "gpu_cache", "n_sequences"),
+    [  # every two of them meet; the first of several sequences is padded
+        (selector, completion, gpu_cache, 1 + (i + j + k) % 2)
+        for i, selector in enumerate(("transform", "quantized:group=16", "bounds"))
+        for j, completion in enumerate(("none", "anchored:segments=5", "regression"))
+        for k, gpu_cache in enumerate(("off", "64KiB"))
         if (selector, completion) != ("bounds", "regression")  # it has no index
     ],
 )
-def test_replayed_steps_are_ordinary_steps(model, selector, completion, gpu_cache, n_sequences):
+def test_replayed_steps_are_ordinary_steps(model, selector, completion, gpu_cache, n_sequences, short_fits):
     """Across seals and an end of the room; equal tokens, equal reads."""
-    n_prompt = FIT_TOKENS + 60 if selector == "transform" else 140
     fields = {"selector": selector, "completion": completion, "gpu_cache": gpu_cache, "budget": "15%"}
-    given, expected = (run(model, n_prompt, n_sequences, **fields) for run in (captured, ordinary))
+    given, expected = (run(model, N_PROMPT, n_sequences, **fields) for run in (captured, ordinary))
     assert_same(given, expected)
 
 
 @pytest.mark.parametrize("selector", ["transform", "quantized:group=16"])
-def test_replayed_steps_of_sketched_values_are_ordinary_steps(model, selector):
+def test_replayed_steps_of_sketched_values_are_ordinary_steps(model, selector, short_fits):
     fields = {"selector": selector, "completion": "sketch:bits=0.5", "budget": "5%"}
-    given, expected = (run(model, SKETCH_FIT_TOKENS + 60, 2, **fields) for run in (captured, ordinary))
+    given, expected = (run(model, N_PROMPT, 2, **fields) for run in (captured, ordinary))
     assert_same(given, expected)
 
 
@@ -120,5 +116,5 @@ def test_replayed_steps_of_sketched_values_are_ordinary_steps(model, selector):
 )
 def test_replayed_steps_are_ordinary_steps_whatever_the_settings(model, fields):
     fields = {"selector": "quantized:group=16", "completion": "anchored:segments=5"} | fields
-    given, expected = (run(model, 140, 1, **fields) for run in (captured, ordinary))
+    given, expected = (run(model, N_PROMPT, 1, **fields) for run in (captured, ordinary))
     assert_same(given, expected)
