@@ -97,6 +97,8 @@ class Growing:
     def _replace(self, larger: Tensor) -> None:
         if self._data is not None:
             larger[:, : self._length] = self._data[:, : self._length]
+            if self._empty is streamed_empty and larger.is_cuda:
+                torch.cuda.synchronize(larger.device)  # host memory may be used again as soon as it is let go
         self._data = larger
 
 

@@ -120,6 +120,8 @@ class MemoryStore(Store):
             )
         new = self._empty(capacity)
         new[: self._n_pages[layer]].copy_(old[: self._n_pages[layer]])
+        if self._pinned and len(old) and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a GPU may still read what somebody else will write soon
         self._layers[layer] = new
 
     def _most_pages(self, layer: int) -> int:
