@@ -169,7 +169,7 @@ class RuntimeConfig(BaseModel):
     pp_size: int = Field(default=1, ge=1)
     self_test: bool = True
     strict_context: bool = False
-    cuda_graph: Literal["auto", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
 
     def for_long(self) -> "RuntimeConfig":
@@ -271,7 +271,7 @@ class RuntimeConfig(BaseModel):
         whole = self.fetch == "wait" and self.prefetch == 0
         free = self.head_floor == 0 and self.head_cap is None
         on_device = self.index == "device" or self.selector.has_index
-        return self.cuda_graph == "auto" and fixed and whole and on_device and free and not waits
+        return self.cuda_graph != "off" and fixed and whole and on_device and free and not waits
 
     @property
     def effective_budget(self) -> Budget:

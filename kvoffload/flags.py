@@ -136,8 +136,8 @@ Fetch = Annotated[
 FetchMs = Annotated[float | None, flag("--fetch-ms", help="How long deadline waits, in each layer.", default="1")]
 CudaGraph = Annotated[
     str | None,
-    flag("--cuda-graph", help="Replay decode steps as one CUDA graph: auto, where that can be, or off.",
-         default="auto"),
+    flag("--cuda-graph", default="auto",
+         help="Replay decode steps as one CUDA graph: auto, where that can be, on, of several ranks too, or off."),
 ]  # fmt: skip
 Compile = Annotated[
     str | None,

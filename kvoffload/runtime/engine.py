@@ -22,7 +22,7 @@ from kvoffload.models.self_test import check_parity, shares_forwards, switch_att
 from kvoffload.repeats import capture_of
 from kvoffload.runtime.events import StreamEvent
 from kvoffload.runtime.page_size import settle_page_size
-from kvoffload.runtime.ranks import rank_config, refuse_files, with_rank_budget
+from kvoffload.runtime.ranks import rank_config, refuse_files, replays, with_rank_budget
 from kvoffload.runtime.saving import (
     SavedAs,
     claim_session,
@@ -185,8 +185,11 @@ class Runtime:
         """Lay the weights of a model that steps are compiled of side by side, unless another runtime had the model
         before: what was captured since would go on to read them where they were."""
         model: Any = loaded.model
-        replays = self.config.replays_steps and not loaded.ranks.several
-        if replays and has_glue(model, self.config.compile) and not getattr(model, "_kvoffload_had", False):
+        if (
+            replays(self.config, loaded.ranks)
+            and has_glue(model, self.config.compile)
+            and not getattr(model, "_kvoffload_had", False)
+        ):
             join(model)
         model._kvoffload_had = True
 

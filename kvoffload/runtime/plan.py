@@ -13,6 +13,7 @@ from kvoffload.config import RuntimeConfig
 from kvoffload.errors import OutOfRoomError
 from kvoffload.models.parallel import ALONE, Ranks
 from kvoffload.runtime.limits import Limits
+from kvoffload.runtime.ranks import replays
 from kvoffload.units import format_size
 
 Where = Literal["device", "host", "disk"]
@@ -205,7 +206,7 @@ def make_plan(
         ),
         limits=limits.shared(ranks.on_host),
         device_is_host=device.type == "cpu",
-        replays_steps=device.type == "cuda" and config.replays_steps,
+        replays_steps=device.type == "cuda" and replays(config, ranks),
     )
 
 

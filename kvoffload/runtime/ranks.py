@@ -38,6 +38,12 @@ def rank_config(config: RuntimeConfig, ranks: Ranks) -> RuntimeConfig:
     return config.model_copy(update=part)
 
 
+def replays(config: RuntimeConfig, ranks: Ranks) -> bool:
+    """Whether steps are replayed. Heads on several ranks only where it was asked for: a replay then holds the sums of
+    all layers, in which ranks wait for each other."""
+    return config.replays_steps and (not ranks.several or (config.cuda_graph == "on" and ranks.pp_size == 1))
+
+
 def rank_budget(budget: Budget, ranks: Ranks) -> Budget:
     """One rank's part: of bytes an equal share, while tokens and percent are those of each kv head anyway."""
     return replace(budget, amount=budget.amount / ranks.count) if budget.unit == "bytes" else budget

@@ -26,7 +26,7 @@ from kvoffload.runtime.before import Before, going_back, standing
 from kvoffload.runtime.chunks import chunk_tokens
 from kvoffload.runtime.events import Progress, StreamEvent
 from kvoffload.runtime.interrupt import Interrupt
-from kvoffload.runtime.ranks import with_rank_budget
+from kvoffload.runtime.ranks import replays, with_rank_budget
 from kvoffload.runtime.repair import repair
 from kvoffload.runtime.saving import SavedAs, save_session
 from kvoffload.runtime.session_file import Description
@@ -62,7 +62,7 @@ class Session:
         self._ttft_s: float | None = None
         self._started_s = self._step_s = 0.0
         self._interrupt = Interrupt(ranks.largest)
-        capture = capture_of(model.device) if config.replays_steps and not ranks.several else None
+        capture = capture_of(model.device) if replays(config, ranks) else None
         self.replays = Replays(model, capture, None if capture is None else glue_of(model, config.compile))
         self._picked: Tensor | int | None = None  # the token that the newest step picked
 

@@ -19,7 +19,7 @@ from kvoffload.models.parallel import Ranks, find_ranks
 from kvoffload.runtime.engine import Runtime
 from kvoffload.runtime.limits import Limits
 from kvoffload.runtime.plan import make_plan
-from kvoffload.runtime.ranks import merge_stats, rank_config
+from kvoffload.runtime.ranks import merge_stats, rank_config, replays
 
 KINDS = ("tensor", "pipeline")
 
@@ -191,3 +191,11 @@ def test_a_plan_is_for_one_rank_beside_the_others_on_its_host():
     assert (tp.kv_bytes, tp.needs[0].n_bytes) == (one.kv_bytes // 2, 8 << 30)
     assert pp.footprint.n_layers == 12
     assert (tp.limits.host, tp.limits.device, tp.limits.disk) == (50, 50, 30)
+
+
+def test_steps_of_several_ranks_are_replayed_only_where_that_was_asked_for():
+    heads, stages = Ranks(tp_size=2), Ranks(pp_size=2)
+    for how, expected in (("auto", [True, False, False]), ("on", [True, True, False]), ("off", [False, False, False])):
+        config = RuntimeConfig(cuda_graph=how)
+        assert [replays(config, ranks) for ranks in (Ranks(), heads, stages)] == expected
+    assert not replays(RuntimeConfig(cuda_graph="on", gate=True, completion="anchored"), heads)
