@@ -117,7 +117,7 @@ class LayerCache:
         self.page_filter: PageFilter | None = None
         self.n_revised = 0
         self.fixed: Fixed | None = None
-        self.n_scorings = 1  # of a step
+        self.n_scorings = self.n_estimates = 1  # of a step
         self.n_coming = 0  # tokens of the step that is chosen for and are not here yet
         self._early: Asked | None = None  # what was asked for the step before it began
         self._n_scored_before = 0
@@ -312,9 +312,10 @@ class LayerCache:
     def end_steps(self, query: Tensor, n_steps: int) -> None:
         """The host's part of ``count_steps``, and the upkeep."""
         self.n_estimated = self.n_pages if self.n_estimated is None else self.n_estimated
-        index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes
+        index_bytes, state_bytes = self.selector.index_bytes, self.completion.state_bytes * self.n_estimates
         if self.completion.uses_scores and not self._index_is_read:
-            state_bytes += index_bytes * self.n_scorings
+            state_bytes += index_bytes * (self.n_scorings + self.n_estimates - 1)
+        self.n_estimates = 1
         n_scored, self._n_scored_before = self.meter.scored_rows - self._n_scored_before, self.meter.scored_rows
         index_read = index_bytes * n_scored // self.geometry.rows if self._index_is_read else 0
         self.meter.count_steps(n_steps, self.n_tokens, index_read, state_bytes)

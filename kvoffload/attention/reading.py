@@ -51,6 +51,12 @@ class Reading(ABC):
         """The tokens behind the prefill, or the newest of them, were computed anew: forget what was kept of them."""
 
 
+def estimate_again(layer: LayerCache, query: Tensor, fetched: Fetched, scores: Tensor) -> Partial:
+    """Another estimate of the remainder in one step, which is charged as the first is."""
+    layer.n_estimates += 1
+    return layer.completion.estimate(query, fetched, scores)
+
+
 class SelectedPages(Reading):
     """The chooser's pages exactly, the completion for the rest."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvoffload.attention.decode import attend_arrivals
 from kvoffload.attention.layer import LayerCache
-from kvoffload.attention.reading import Read, Reading, WrapperReading
+from kvoffload.attention.reading import Read, Reading, WrapperReading, estimate_again
 from kvoffload.attention.stream import stream
 from kvoffload.buffers import page_mask
 from kvoffload.cache.arrived import Traffic
@@ -103,7 +103,7 @@ def _read_on(layer: LayerCache, query: Tensor, read: Read, ranking: Tensor, more
     partials, fetched = attend_arrivals(layer, query, layer.fetch.start(selection))
     exact = merge([read.exact, *partials])
     joined = Fetched.join([read.fetched, fetched.clone()])
-    return Read(exact, layer.completion.estimate(query, joined, read.scores), joined, read.scores)
+    return Read(exact, estimate_again(layer, query, joined, read.scores), joined, read.scores)
 
 
 class Audit(WrapperReading):

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvoffload.attention.layer import LayerCache
-from kvoffload.attention.reading import Read, Reading, WrapperReading
+from kvoffload.attention.reading import Read, Reading, WrapperReading, estimate_again
 from kvoffload.buffers import tensor_bytes
 from kvoffload.policies.base import Depth, Policy, PolicyConfigBase
 from kvoffload.values import Fetched, Pages, Partial, merge
@@ -163,7 +163,7 @@ class RetroReading(WrapperReading):
         scores = query.new_zeros(1).expand(*query.shape[:2], layer.n_pages)
         if layer.completion.uses_scores:
             scores = layer.score(query, query.shape[0] - layer.geometry.rows).to(query.device)
-        return layer.completion.estimate(query, held, scores)
+        return estimate_again(layer, query, held, scores)
 
 
 def _pick(fetched: Fetched, which: Tensor) -> Fetched:

@@ -3,6 +3,7 @@
 import pytest
 from kvoffload_storage import Moved, TracingStore, WrapperStore
 
+from kvoffload.completion.anchored import AnchoredCompletion
 from kvoffload.config import VARIANTS, SamplingConfig
 from kvoffload.runtime.stats import Reads
 
@@ -85,6 +86,26 @@ def test_a_summary_is_charged_in_every_step(open_session, ids):
     assert stats.charged_tokens_per_step - stats.read_tokens_per_step == pytest.approx(32 * 34 * 4 / TOKEN_BYTES)
     assert stats.charged_share == pytest.approx(stats.charged_tokens_per_step / 202.5)
     assert 0 < stats.completion_mass < 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{"policy": "retro:window=4"}, {"max_dropped_mass": 0.01}, {"look_ahead": False}], ids=str
+)
+def test_a_summary_is_charged_as_often_as_it_is_read(open_session, ids, monkeypatch, fields):
+    """Anchored, as above: more than one estimate a step touches it more than once."""
+    estimates, estimate = [], AnchoredCompletion.estimate
+
+    def counted(self, *args):
+        estimates.append(self)
+        return estimate(self, *args)
+
+    monkeypatch.setattr(AnchoredCompletion, "estimate", counted)
+    n_steps = 4
+    stats = run(open_session(completion="anchored", budget="5%", **fields), ids(200), n_steps)
+    each = len(estimates) / (n_steps * N_LAYERS)
+    assert each == 1 if "look_ahead" in fields else each > 1
+    charged = stats.charged_tokens_per_step - stats.read_tokens_per_step
+    assert charged == pytest.approx(each * 32 * 34 * 4 / TOKEN_BYTES)
 
 
 def test_the_token_oracle_is_charged_for_the_keys_it_reads(open_session, ids):
