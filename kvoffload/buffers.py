@@ -33,6 +33,9 @@ class Room:
         return scores.masked_fill_(self.beyond, -torch.inf)
 
 
+_GROWTH = 8  # a full buffer gets room for an eighth of what it has
+
+
 class Growing:
     """[rows, n, ...] with amortised appends; ``view`` is valid until the next append. What is ``streamed`` lies in host
     memory, where a GPU reads and writes it across the link."""
@@ -56,11 +59,17 @@ class Growing:
     def used_bytes(self) -> int:
         return 0 if self._data is None else self._data[:, 0].numel() * self._length * self._data.itemsize
 
+    @property
+    def held_bytes(self) -> int:
+        """With the room for what comes."""
+        return 0 if self._data is None else tensor_bytes(self._data)
+
     def append(self, rows: Tensor) -> None:
         """Add rows [rows, k, ...] at the end."""
         end = self._length + rows.shape[1]
         if self._data is None or end > self._data.shape[1]:
-            self._replace(self._empty(rows, (rows.shape[0], max(end, 2 * self._length), *rows.shape[2:])))
+            room = max(end, self._length * (_GROWTH + 1) // _GROWTH)
+            self._replace(self._empty(rows, (rows.shape[0], room, *rows.shape[2:])))
         assert self._data is not None, "it was made just now"
         self._data[:, self._length : end] = rows
         self._length = end

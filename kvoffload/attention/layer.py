@@ -344,6 +344,6 @@ class LayerCache:
     @property
     def index_host_bytes(self) -> int:
         """Bytes of an index that was put into host memory, be it scored there or streamed."""
-        streamed = self.selector.device.type != "cpu"
-        on_host = self.selector.index_bytes if streamed else self.selector.resident_bytes
-        return on_host if self.index_on_host else 0
+        if self.selector.index is not None and self.selector.device.type != "cpu":
+            return self.selector.index.streamed_bytes
+        return self.selector.resident_bytes if self.index_on_host else 0

@@ -22,7 +22,8 @@ Peers = Annotated[
     typer.Option(
         "--peers",
         help="all, none, or by commas of dense (one CUDA graph, compiled as ours is), dynamic and offloaded "
-        "(transformers' caches), selection and resident (ours without completion, with --offload none).",
+        "(transformers' caches), selection, ahead and resident (ours without completion, with --look-ahead, and "
+        "with --offload none).",
     ),
 ]
 PrefillPeers = Annotated[str, typer.Option("--peers", help="stock or none.")]

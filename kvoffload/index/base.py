@@ -134,8 +134,13 @@ class KeyIndex(Rowwise, ABC):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes kept on ``device``."""
+        """Bytes kept for ``device``, room for what comes among them; of those ``streamed_bytes`` in host memory."""
         return self.index_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of what is streamed; 0 where nothing is."""
+        return 0
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

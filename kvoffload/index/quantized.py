@@ -119,7 +119,12 @@ class QuantizedIndex(KeyIndex):
 
     @property
     def resident_bytes(self) -> int:
-        return self.index_bytes + (0 if self._open is None else tensor_bytes(self._open))
+        held = sum(buffer.held_bytes for buffer in self._buffers)
+        return held + (0 if self._open is None else tensor_bytes(self._open))
+
+    @property
+    def streamed_bytes(self) -> int:
+        return sum(buffer.held_bytes for buffer in self._buffers) if self.streamed else 0
 
     @property
     def _buffers(self) -> tuple[Growing, Growing, Growing]:

@@ -141,7 +141,12 @@ class TransformIndex(KeyIndex):
 
     @property
     def resident_bytes(self) -> int:
-        return self.index_bytes + (0 if self._code is None else tensor_bytes(self._code.analysis))
+        spare = sum(buffer.held_bytes - buffer.used_bytes for buffer in (self._raw, self._codes))
+        return self.index_bytes + spare + (0 if self._code is None else tensor_bytes(self._code.analysis))
+
+    @property
+    def streamed_bytes(self) -> int:
+        return self._codes.held_bytes if self.streamed else 0
 
     def _encoded(self, keys: Tensor) -> Tensor:
         """Codes uint8 [rows, n, bytes] of keys [rows, n, D]."""

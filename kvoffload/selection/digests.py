@@ -58,3 +58,7 @@ class DigestSelector(Selector):
     @property
     def index_bytes(self) -> int:
         return sum(buffer.used_bytes for buffer in self._buffers)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(buffer.held_bytes for buffer in self._buffers)

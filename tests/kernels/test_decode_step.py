@@ -117,6 +117,11 @@ def test_what_is_too_much_for_every_program_to_look_at_is_left_to_others():
     assert not slice_kernel.takes_slices(2, slices, slices, slice_kernel._MOST_SLICES + 1)
     assert not slice_kernel.takes_slices(2, slices[:3, :1], slices[:3, :1], 3)
     assert not slice_kernel.takes_slices(65, slices, slices, 3)
+    wide = torch.zeros(3, 16, 256)
+    assert slice_kernel.takes_slices(32, wide, wide, 3)
+    assert not slice_kernel.takes_slices(64, wide, wide, 3)
+    assert not slice_kernel.takes_slices(4, wide.repeat(1, 4, 1), wide.repeat(1, 4, 1), 3)
+    assert slice_kernel.takes_slices(64, wide.bfloat16(), wide.bfloat16(), 3)
     anchors = torch.zeros(1, kernel._MOST_ANCHORS + 1, 8)
     assert not kernel.begins(query, (anchors, anchors))
 

@@ -69,3 +69,14 @@ def test_only_as_many_are_wanted_as_the_device_says(n_wanted, n_heads):
     best = reference.top_pages(scores, anchors, n_heads, max(int(count), 1))
     if count > 0:
         assert torch.equal(given[1][given[2]], best[1])
+
+
+@pytest.mark.parametrize(("rows", "heads", "n_pages", "n_heads"), SIZES)
+@pytest.mark.parametrize("twin", [reference, kernel], ids=["reference", "triton"])
+def test_rows_ascend_whatever_is_wanted_and_however_many_are_equal(twin, rows, heads, n_pages, n_heads):
+    scores, anchors = masses(rows, heads, n_pages)
+    for shares in (scores, torch.zeros_like(scores)):
+        for n in some(n_heads * n_pages):
+            for n_wanted in (None, torch.tensor(n // 2), torch.tensor(0)):
+                row_ids = twin.top_pages(shares, anchors, n_heads, n, n_wanted)[0]
+                assert bool((row_ids.diff() >= 0).all())

@@ -19,7 +19,7 @@ from kvoffload_kernels.tiles import (
     product,
 )
 
-_TILE = 64  # tokens of one step of a program
+TILE_BYTES = 16 << 10  # keys of one step of a program: 64 tokens of 128 channels in 16 bits
 _MOST_ANCHORS = 512  # one program attends to a row's
 _BLOCK = 32  # partials merged at a time
 
@@ -151,6 +151,16 @@ def head_sizes(query: Tensor, value_dim: int) -> dict[str, int]:
     return sizes | {"DV": value_dim, "DVP": padded(value_dim)}
 
 
+def _tile(keys: Tensor, values: Tensor) -> int:
+    """Tokens of one step of a program."""
+    return max(16, min(64, TILE_BYTES // token_bytes(keys, values)))
+
+
+def token_bytes(keys: Tensor, values: Tensor) -> int:
+    """What a token's keys or values take in a program, whichever are more."""
+    return padded(max(keys.shape[-1], values.shape[-1])) * keys.element_size()
+
+
 def begins(query: Tensor, anchors: tuple[Tensor, Tensor]) -> bool:
     """Whether ``begin`` takes these."""
     keys, values = anchors
@@ -169,7 +179,7 @@ def begin(
     _begin[(rows,)](
         query.contiguous(), keys.contiguous(), values.contiguous(), *anchors, place,
         seen.contiguous().view(torch.uint8), out, output, lse, scale, n_anchors, n_anchors * (seen.shape[0] > 1),
-        T=_TILE, CAP=softcap or 0.0, PUT=True, **head_sizes(query, value_dim),
+        T=_tile(*anchors), CAP=softcap or 0.0, PUT=True, **head_sizes(query, value_dim),
     )  # fmt: skip
     return output, lse
 
@@ -184,7 +194,7 @@ def attend_rows(
     query = query.contiguous()
     _begin[(rows,)](
         query, query, query, keys, values, query, seen.contiguous().view(torch.uint8), query, output, lse, 1.0,
-        n_anchors, n_anchors * (seen.shape[0] > 1), T=_TILE, CAP=softcap or 0.0, PUT=False,
+        n_anchors, n_anchors * (seen.shape[0] > 1), T=_tile(keys, values), CAP=softcap or 0.0, PUT=False,
         **head_sizes(query, value_dim),
     )  # fmt: skip
     return output, lse

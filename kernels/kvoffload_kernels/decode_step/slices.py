@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvoffload_kernels.completion.reference import EMPTY, SegmentSums, Slices, SliceSums, Tilt
-from kvoffload_kernels.decode_step.kernel import head_sizes, padded, store_partial, weighed
+from kvoffload_kernels.decode_step.kernel import TILE_BYTES, head_sizes, padded, store_partial, token_bytes, weighed
 from kvoffload_kernels.decode_step.reference import Parts
 from kvoffload_kernels.tiles import MAX_HEADS, capped, halves, joined_twice, product
 
@@ -15,6 +15,7 @@ _TILE, _PROGRAMS = 32, 512  # tokens of one step of a program, and about how man
 _HOST_TILE = 16  # across the link: a program computes while others wait
 _CHUNK = 1024  # ids looked at together
 _MOST_SLICES, _MOST_TOKENS = 4096, 64  # every program looks at all ids, and takes a slice at a time at least
+_MOST_BYTES = 32 << 10  # of a slice's keys, and of the queries: what shared memory has place for
 _SLICES = 8  # of a tile
 _TAKEN_SLICES = 32  # of a row at a time
 
@@ -137,7 +138,9 @@ def _rest(  # type: ignore[no-untyped-def]
 def takes_slices(heads: int, keys: Tensor, values: Tensor, n: int) -> bool:
     """Whether the two functions below take n of these: not too many, of a fraction of a tile each."""
     near = keys.stride(-1) == 1 and values.stride(-1) == 1 and keys.dtype == values.dtype
-    return near and 2 <= keys.shape[1] <= _MOST_TOKENS and n <= _MOST_SLICES and heads <= MAX_HEADS
+    width = token_bytes(keys, values)
+    fits = heads <= MAX_HEADS and max(heads, keys.shape[1]) * width <= _MOST_BYTES
+    return near and 2 <= keys.shape[1] <= _MOST_TOKENS and n <= _MOST_SLICES and fits
 
 
 def attend_slices(
@@ -149,7 +152,7 @@ def attend_slices(
     rows, heads, dim = query.shape
     n, size, value_dim = row_ids.shape[0], keys.shape[1], values.shape[-1]
     together = int(triton.next_power_of_2(size))
-    tile = _TILE if keys.device == query.device else _HOST_TILE
+    tile = min(_TILE if keys.device == query.device else _HOST_TILE, TILE_BYTES // token_bytes(keys, values))
     slices = max(1, min(_SLICES, tile // together))
     n_splits = max(1, min(triton.cdiv(_PROGRAMS, rows), triton.cdiv(n, slices)))
     out, lse = query.new_empty(rows, n_splits, heads, value_dim), query.new_empty(rows, n_splits, heads)
