@@ -53,7 +53,7 @@ class FaultyCalls:
             setattr(os, name, real)
 
     def n_able(self, name, fault) -> int:
-        """How many calls of that name can go wrong like that: ``shorter`` are those that can do a part of their work."""
+        """How many calls of a name can go wrong like that; ``shorter`` can do a part of their work."""
         if fault == "nothing" and name not in PART:
             return 0
         return (self.shorter if fault == "short" else self.counts)[name]

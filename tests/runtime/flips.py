@@ -67,7 +67,7 @@ def follow(session: Session) -> list[int]:
 
 @torch.inference_mode()
 def cut_back(session: Session, page: int) -> None:
-    """As after damage, with pages that are whole: to before ``page``; what is behind it is prefilled when it goes on."""
+    """As after damage, with pages that are whole: to before ``page``; the rest is prefilled when it goes on."""
     repair(session, IntegrityError("cut back", layer=0, page=page))
 
 

@@ -22,7 +22,7 @@ def test_killed_processes_lose_nothing_and_leave_nothing(tmp_path):
     assert (report["lost"], report["orphans"]) == (0, 0)
 
 
-class Ended(Exception):
+class KilledError(Exception):
     """In the place of a kill."""
 
 
@@ -38,12 +38,12 @@ class UntilForked:
             self.acknowledged[name] = tokens
         self.n_forks += name == "fork.kvo" and bool(tokens)
         if self.n_forks == 2:
-            raise Ended
+            raise KilledError
 
 
 def test_a_lost_fork_is_missed(loaded, tmp_path):
     told = UntilForked()
-    with pytest.raises(Ended):
+    with pytest.raises(KilledError):
         work(loaded, tmp_path, 1, told)
     assert check(tmp_path, told.acknowledged) > 1
     remove_bundle(tmp_path / "fork.kvo")

@@ -1,4 +1,4 @@
-"""A whole session in memory, every file of it, and the same as an export: what the fuzzers of ``parsers`` start from."""
+"""A whole session in memory, every file of it, and the same as an export: what the fuzzers start from."""
 
 import json
 
