@@ -27,17 +27,18 @@ class KilledError(Exception):
 
 
 class UntilForked:
-    """What a process tells, up to its second fork."""
+    """What a process tells, up to its second fork, which is soon."""
 
     def __init__(self):
-        self.acknowledged, self.n_forks = {}, 0
+        self.acknowledged, self.n_forks, self.n_messages = {}, 0, 0
 
     def send(self, message):
         name, tokens = message
+        self.n_messages += 1
         if tokens:
             self.acknowledged[name] = tokens
         self.n_forks += name == "fork.kvo" and bool(tokens)
-        if self.n_forks == 2:
+        if self.n_forks == 2 or self.n_messages == 300:
             raise KilledError
 
 
