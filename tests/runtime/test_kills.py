@@ -27,7 +27,7 @@ class KilledError(Exception):
 
 
 class UntilForked:
-    """What a process tells, up to its second fork, which is soon."""
+    """What a process tells, up to its first fork, which is soon."""
 
     def __init__(self):
         self.acknowledged, self.n_forks, self.n_messages = {}, 0, 0
@@ -38,7 +38,7 @@ class UntilForked:
         if tokens:
             self.acknowledged[name] = tokens
         self.n_forks += name == "fork.kvo" and bool(tokens)
-        if self.n_forks == 2 or self.n_messages == 300:
+        if self.n_forks == 1 or self.n_messages == 300:
             raise KilledError
 
 
