@@ -43,7 +43,7 @@ def read_private(path: Path, max_bytes: int) -> bytes:
         if size > max_bytes:
             raise IntegrityError(f"{path}: {size:,} bytes, expected at most {max_bytes:,}")
         with os.fdopen(os.dup(fd), "rb") as file:
-            return file.read(max_bytes)
+            return file.read(size)
     except OSError as error:
         raise lost_file(error, path) from error
     finally:

@@ -1,7 +1,9 @@
 """A whole life of a session with one system call going wrong: right tokens or one of our errors, and nothing lost."""
 
 import errno
+import fcntl
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -26,17 +28,20 @@ CALLS = (
     "link",
     "sendfile",
 )
-FAULTS = ("EIO", "ENOSPC", "EINTR", "short", "slow")
+FAULTS = ("EIO", "ENOSPC", "EINTR", "short", "nothing", "slow")
 FIELDS = SMALL | {"offload": "nvme", "budget": "60%", "prefill_chunk": 50, "cpu_max": "8KiB", "verify": True}
 
 
 class FaultyCalls:
-    """Counts the storage package's system calls; the ``number``-th of ``name`` goes wrong."""
+    """Counts the storage package's system calls; of those of ``name`` that can have that fault the ``number``-th goes
+    wrong. Without ``links`` hard links are refused, as by some file systems, and files are copied."""
 
-    def __init__(self, name="", number=0, fault="", latency_s=1.0):
-        self.name, self.number, self.fault, self.latency_s = name, number, fault, latency_s
-        self.counts = dict.fromkeys(CALLS, 0)
+    def __init__(self, name="", number=0, fault="", *, links=True, latency_s=1.0):
+        self.name, self.number, self.fault, self.links, self.latency_s = name, number, fault, links, latency_s
+        self.counts, self.shorter = dict.fromkeys(CALLS, 0), dict.fromkeys(CALLS, 0)
+        self.injected = False
         self._real = {name: getattr(os, name) for name in CALLS}
+        self._lock = threading.Lock()
 
     def __enter__(self):
         for name in CALLS:
@@ -47,33 +52,68 @@ class FaultyCalls:
         for name, real in self._real.items():
             setattr(os, name, real)
 
+    def n_able(self, name, fault) -> int:
+        """How many calls of a name can go wrong like that; ``shorter`` can do a part of their work."""
+        if fault == "nothing" and name not in PART:
+            return 0
+        return (self.shorter if fault == "short" else self.counts)[name]
+
     def _wrapped(self, name):
         real = self._real[name]
 
         def call(*args, **kwargs):
-            self.counts[name] += 1
-            if name != self.name or self.counts[name] != self.number:
-                return real(*args, **kwargs)
-            if self.fault == "slow":
-                time.sleep(self.latency_s)
-                return real(*args, **kwargs)
-            if self.fault == "short":
-                return self._short(name, real, args)
-            number = getattr(errno, self.fault)
-            raise OSError(number, os.strerror(number))
+            part = PART[name](*args) if name in PART else None
+            with self._lock:
+                self.counts[name] += 1
+                self.shorter[name] += part is not None
+                able = name == self.name and (self.fault != "short" or part is not None)
+                hit = able and not self.injected and self.n_able(name, self.fault) == self.number
+                self.injected |= hit
+            if hit:
+                return self._goes_wrong(real, args, kwargs, part)
+            if name == "link" and not self.links:
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            return real(*args, **kwargs)
 
         return call
 
-    def _short(self, name, real, args):
-        """Half of what was asked for, in whole blocks as direct I/O gives it."""
-        if name == "preadv":
-            fd, buffers, offset = args
-            n_bytes = sum(map(len, buffers)) // 2 // 4096 * 4096
-            return real(fd, [buffers[0][:n_bytes]], offset) if n_bytes and len(buffers[0]) >= n_bytes else 0
-        if name == "pwrite":
-            fd, view, offset = args
-            return real(fd, view[: max(len(view) // 2 // 4096 * 4096, 4096)], offset)
-        return real(*args)
+    def _goes_wrong(self, real, args, kwargs, part):
+        if self.fault == "slow":
+            time.sleep(self.latency_s)
+            return real(*args, **kwargs)
+        if self.fault == "short":
+            return real(*part)
+        if self.fault == "nothing":
+            return 0
+        number = getattr(errno, self.fault)
+        raise OSError(number, os.strerror(number))
+
+
+def half_read(fd, buffers, offset):
+    """``preadv`` of half of the bytes; None where there is no half."""
+    kept, left = [], half(fd, sum(map(len, buffers)))
+    for buffer in buffers:
+        kept.append(buffer[:left])
+        left -= len(kept[-1])
+    return (fd, kept, offset) if len(kept[0]) else None
+
+
+def half_written(fd, view, offset):
+    n_bytes = half(fd, len(view))
+    return (fd, view[:n_bytes], offset) if n_bytes else None
+
+
+def half_sent(to, source, offset, n_bytes):
+    return (to, source, offset, n_bytes // 2) if n_bytes > 1 else None
+
+
+def half(fd, n_bytes):
+    """In whole blocks where the file is open for direct I/O, which gives nothing else."""
+    direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+    return n_bytes // 2 // 4096 * 4096 if direct else n_bytes // 2
+
+
+PART = {"preadv": half_read, "pwrite": half_written, "sendfile": half_sent}  # the other calls do all or nothing
 
 
 def life(loaded, folder: Path, told: list):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny import SMALL
 from kvoffload.config import RuntimeConfig, SamplingConfig
 from kvoffload.models.catalog import LoadedModel
 from kvoffload.runtime.engine import Runtime
+from kvoffload.runtime.session import Session
 from kvoffload.runtime.session_command import run_rm
 from kvoffload.runtime.session_file import decode_state, describe
 
@@ -27,7 +29,8 @@ def runtime(loaded: LoadedModel, parent: Path) -> Runtime:
 
 
 def work(loaded: LoadedModel, parent: Path, seed: int, told: Connection) -> None:
-    """Prefill, decode, save, fork and delete until killed; every finished save is told with its tokens."""
+    """Prefill, decode, save, fork and delete until killed; every finished save, a fork's too, is told with its
+    tokens."""
     chance, rt = random.Random(seed), runtime(loaded, parent)
     with open(os.devnull, "w") as nowhere:
         while True:
@@ -44,7 +47,17 @@ def work(loaded: LoadedModel, parent: Path, seed: int, told: Connection) -> None
                 session.save(path)
                 told.send((path.name, tuple(session.token_ids)))
                 if chance.random() < 0.2:
-                    session.save(parent / "fork.kvo") if not (parent / "fork.kvo").exists() else None
+                    fork(session, parent / "fork.kvo", told)
+
+
+def fork(session: Session, path: Path, told: Connection) -> None:
+    """Save a session under another name too, in the place of an earlier fork."""
+    if path.exists():
+        told.send((path.name, None))
+        with open(os.devnull, "w") as nowhere:
+            run_rm([path], nowhere)
+    session.save(path)
+    told.send((path.name, tuple(session.token_ids)))
 
 
 def kill_once(loaded: LoadedModel, parent: Path, seed: int, acknowledged: dict[str, tuple[int, ...]]) -> int:
@@ -62,6 +75,7 @@ def kill_once(loaded: LoadedModel, parent: Path, seed: int, acknowledged: dict[s
             messages.append(ours.recv())
     child.kill()
     child.join()
+    assert child.exitcode == -signal.SIGKILL, "it died of an error before"
     try:
         while ours.poll():
             messages.append(ours.recv())
