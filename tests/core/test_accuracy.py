@@ -38,6 +38,28 @@ def test_an_audit_is_the_mass_that_was_not_read():
         assert torch.allclose(dropped(layer)[i], 1 - (found[i] - total).exp(), atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["none", "prhs:tau=-1"])
+def test_keeping_a_set_alone_is_off_by_exactly_the_dropped_mass(policy):
+    """Total variation = delta, the audited mass; the output moves by delta (o_S - o_R), at most delta times the values'
+    diameter. Values that are unit vectors make outputs the weights themselves."""
+    n = 100
+    shape = geometry(value_dim=n)
+    query, keys, _ = stream(shape, n, rho=0.9)
+    given = query, keys, torch.eye(n).expand(shape.rows, n, n)
+    layer = filled(shape, given, n - 8, policy=policy, **(BASE | {"completion": "none"}))
+    found = steps(layer, given, n - 8, 8)[..., :-1]
+    others = torch.randn(n, 16, generator=torch.Generator().manual_seed(0))
+    for i, (weights, delta) in enumerate(zip(found, dropped(layer), strict=True)):
+        seen = n - 7 + i
+        dense = torch.einsum("grd,gnd->grn", query[:, :, seen - 1], keys[:, :seen]).softmax(-1)
+        dense = torch.nn.functional.pad(dense, (0, n - seen))
+        assert torch.allclose((weights - dense).abs().sum(-1) / 2, delta, atol=1e-5)
+        assert (delta > 0.01).all()
+        off, rest = (weights - dense) @ others, dense.where(weights == 0, 0.0) @ others / delta[..., None]
+        assert torch.allclose(off, delta[..., None] * (weights @ others - rest), atol=1e-5)
+        assert (off.norm(dim=-1) <= delta * torch.cdist(others, others).max()).all()
+
+
 def test_an_audit_changes_no_step_and_no_decode_read():
     (given, layer), (expected, plain) = run(), run(audit="off")
     assert torch.equal(given, expected)
