@@ -200,6 +200,19 @@ def test_every_policy_generates_and_is_told_in_the_result(kvoffload: Any, policy
     assert 0 <= told["dropped_mass_held"] <= 1
 
 
+@pytest.mark.parametrize(("cap", "n_warnings"), [("1%", 1), ("100%", 0)])
+def test_a_dropped_mass_that_the_cap_kept_from_its_target_is_one_warning(
+    kvoffload: Any, cap: str, n_warnings: int
+) -> None:
+    flags = ("--max-dropped-mass", "0.001", "--dropped-mass-cap", cap, "--budget", "1%", "--json", "--quiet")
+    ran = kvoffload(*TINY, "-p", "The quick brown fox jumps over the lazy dog. " * 12, *flags)
+    assert ran.code == 0, ran.err
+    share = json.loads(ran.out)["dropped_mass_capped"]
+    told = f"warning: dropped mass target not reached in {share:.1%} of heads and steps: raise --dropped-mass-cap\n"
+    assert ran.err == told * n_warnings
+    assert (share > 0) == bool(n_warnings)
+
+
 def test_policies_have_sections_in_a_file(kvoffload: Any, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(

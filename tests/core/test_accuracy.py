@@ -9,7 +9,7 @@ from streams import filled, steps, stream
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.policies.accuracy import Margin
-from kvoffload.runtime.stats import Audited
+from kvoffload.runtime.stats import Audited, capped_share
 
 N_PROMPT, N_NEW = 300, 16
 BASE = {"selector": "quantized:bits=4", "completion": "index_mass", "audit": 1}
@@ -96,6 +96,18 @@ def test_reads_end_at_the_cap():
     _, layer = run(max_dropped_mass=0.001, dropped_mass_cap="30%", budget="3%")
     assert layer.fetch.n_asked <= sum(int(0.3 * (N_PROMPT + i + 1)) // 4 * 2 + 2 for i in range(N_NEW))
     assert float(dropped(layer).mean()) > 0.001
+
+
+@pytest.mark.parametrize("policy", ["none", "retro:window=3", "prhs"])
+@pytest.mark.parametrize("cap", ["6%", "20%", "100%"])
+def test_heads_that_end_at_the_cap_above_their_target_are_counted(cap, policy):
+    """The exact completion estimates what audits find: the heads and steps above the target are known."""
+    fields = {"completion": "exact", "selector": "exact", "policy": policy, "budget": "3%"}
+    _, layer = run(max_dropped_mass=0.2, dropped_mass_cap=cap, **fields)
+    missed = int((dropped(layer).amax(-1) > 0.2).sum())
+    assert layer.reading.n_capped == missed
+    assert (missed == 0) == (cap == "100%")
+    assert capped_share([layer]) == missed / (N_NEW * layer.geometry.rows)
 
 
 def test_a_full_read_at_the_cap_is_dense():
