@@ -208,7 +208,9 @@ def test_values_behind_a_row_never_reach_it():
     assert not torch.allclose(outputs[0][:, :, -1], outputs[1][:, :, -1])
 
 
-@pytest.mark.parametrize(("selector", "completion"), [("bounds", "page_mean"), ("exact", "chelsea"), ("exact", "exact")])
+@pytest.mark.parametrize(
+    ("selector", "completion"), [("bounds", "page_mean"), ("exact", "chelsea"), ("exact", "exact")]
+)
 def test_selector_and_completion_of_rewritten_pages_are_those_of_a_rebuild(selector, completion):
     """Rewritten tokens stand in the window as in one built from the new content, and seal so."""
     options = {"selector": selector, "completion": completion}
