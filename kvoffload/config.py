@@ -307,9 +307,7 @@ class SamplingConfig(BaseModel):
 
 def explain(error: ValidationError, accepted: Iterable[str] = ()) -> str:
     """One line that names every refused value and what was expected; ``accepted`` are the top-level names."""
-    told = [
-        detail for detail in error.errors() if detail["type"] != "default_factory_not_called"
-    ]  # follows another one
+    told = [d for d in error.errors() if d["type"] != "default_factory_not_called"]  # which follows another one
     return "; ".join(_explain_one(detail, tuple(accepted)) for detail in told)
 
 
@@ -319,7 +317,9 @@ def _explain_one(detail: ErrorDetails, accepted: tuple[str, ...]) -> str:
         case "value_error":
             return f"{name}: {context['error']}" if name else str(context["error"])
         case "union_tag_invalid":
-            return f"{name}: {context['tag']!r} is unknown; accepted: {_plain(context['expected_tags'])}"
+            tag = context["tag"]
+            elsewhere = (f"a {other}: give --{other} {tag}" for other, kinds in _KINDS.items() if tag in kinds)
+            return f"{name}: {tag!r} is {next(elsewhere, 'unknown')}; accepted: {_plain(context['expected_tags'])}"
         case "union_tag_not_found":
             return f"{name}: {detail['input']!r} names no kind; accepted: {', '.join(_KINDS[name])}"
         case "literal_error":

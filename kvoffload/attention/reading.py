@@ -34,6 +34,9 @@ class Reading(ABC):
     resident_bytes: int = 0
     """Device bytes held between steps."""
 
+    n_capped: int = 0
+    """Kv heads and steps that dropped more than their target by the estimate, as they might not read more."""
+
     @abstractmethod
     def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
         """For scaled queries fp32 [rows * Q, R, D] with their attention to the anchors; called only when there are
@@ -80,6 +83,10 @@ class WrapperReading(Reading):
 
     def __init__(self, inner: Reading) -> None:
         self.inner = inner
+
+    @property
+    def n_capped(self) -> int:  # type: ignore[override]
+        return self.inner.n_capped
 
     def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
         return self.inner.attend(layer, query, anchors)

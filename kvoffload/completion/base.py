@@ -89,6 +89,11 @@ class Completion(Rowwise, ABC):
         raise NotImplementedError
 
     @property
+    def n_clamped(self) -> int:
+        """Entries of the summary that were kept from exploding, and are less exact for that."""
+        return 0
+
+    @property
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of the summary, all of them touched in each step."""

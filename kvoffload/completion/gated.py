@@ -60,6 +60,10 @@ class GatedCompletion(Completion):
         return Partial(outputs.gather(0, spread)[0], lses.gather(0, index)[0])
 
     @property
+    def n_clamped(self) -> int:
+        return sum(candidate.n_clamped for candidate in self.candidates)
+
+    @property
     def state_bytes(self) -> int:
         return sum(candidate.state_bytes for candidate in self.candidates)
 

@@ -4,7 +4,8 @@ read): merging instead of eviction, with electoral votes.
 An entry has p votes and counts as p e^(q . k). Tokens with weights w_i = p_i s_i, s_i = e^(q0 . k_i) for the merge
 query q0, become one entry with p = sum p_i, v = sum w_i v_i / sum w_i and the key
 (sum w_i k_i) ln(sum w_i / sum p_i) / sum w_i ln s_i: exact for q0. That factor explodes where sum w_i ln s_i is near 0;
-outside of 1/2 to 2 the convex key sum w_i k_i / sum w_i stands instead (the official code always takes it).
+outside of 1/2 to 2 the convex key sum w_i k_i / sum w_i stands instead (the official code always takes it); the
+statistics of a session tell how many entries have one.
 
 As an estimator of pages: each page keeps the ``entries`` tokens with the largest weights, every other token joins the
 kept key of highest cosine if that is above ``threshold`` and is dropped otherwise. The merge query is the mean query of
@@ -48,8 +49,7 @@ class KeepkvCompletion(PageEntriesCompletion):
 
     def reset(self, anchor: Tensor, *, n_pages: int = 0) -> None:
         super().reset(anchor, n_pages=n_pages)
-        self.n_clamped = 0
-        """Entries whose key is the convex one because the exact one would have exploded."""
+        self._n_clamped = 0
 
     def make(self, pages: Pages) -> Entries:
         keys, values = pages.keys.float(), pages.values.float()
@@ -58,8 +58,12 @@ class KeepkvCompletion(PageEntriesCompletion):
         kept = weights.topk(self._n_entries, dim=-1).indices
         groups = assign(keys, kept, self._threshold) & ~weights.isneginf()[:, :, None]
         merged, n_clamped = zip_merge(keys, values, logits, groups)
-        self.n_clamped += n_clamped
+        self._n_clamped += n_clamped
         return merged
+
+    @property
+    def n_clamped(self) -> int:
+        return self._n_clamped
 
 
 def assign(keys: Tensor, kept: Tensor, threshold: float) -> Tensor:

@@ -61,11 +61,16 @@ class BoundedMass(WrapperReading):
     def __init__(self, inner: Reading, target: float, cap: Callable[[int], int], margin: Margin | None = None) -> None:
         super().__init__(inner)
         self._target, self._cap, self._margin = target, cap, margin
+        self._n_capped = 0
         self.single_steps = inner.single_steps or margin is not None
 
     @property
     def resident_bytes(self) -> int:  # type: ignore[override]
         return self.inner.resident_bytes
+
+    @property
+    def n_capped(self) -> int:  # type: ignore[override]
+        return self._n_capped
 
     def attend(self, layer: LayerCache, query: Tensor, anchors: Partial) -> Read:
         read = self.inner.attend(layer, query, anchors)
@@ -84,14 +89,18 @@ class BoundedMass(WrapperReading):
         return read
 
     def _more(self, layer: LayerCache, query: Tensor, read: Read) -> Tensor | None:
-        """How many slices more each query row reads, int64 [rows * Q]; None where all are done."""
+        """How many slices more each query row reads, int64 [rows * Q]; None where all are done, and
+        then those that ended at the cap are counted."""
         rest = read.remainder.lse if self._margin is None else self._margin.added(read.remainder.lse)
         share = (rest - torch.logaddexp(read.exact.lse, rest)).exp().amax(1)
         counts = read.fetched.row_ids.bincount(minlength=query.shape[0])
         most = min(self._cap(layer.n_tokens) // layer.geometry.n_kv_heads, layer.n_pages)
         wanted = (counts * _GROWTH).ceil().long().clamp_min(1).clamp(max=most)
-        more = torch.where(share > self._target, (wanted - counts).clamp_min(0), 0)
-        return more if bool(more.any()) else None
+        missed = share > self._target
+        more = torch.where(missed, (wanted - counts).clamp_min(0), 0)
+        n_more, n_missed = torch.stack([more.sum(), missed.sum()]).tolist()
+        self._n_capped += 0 if n_more else n_missed
+        return more if n_more else None
 
 
 def _read_on(layer: LayerCache, query: Tensor, read: Read, ranking: Tensor, more: Tensor) -> Read:

@@ -10,7 +10,9 @@ a mask of pages a row has seen instead of the table of last loads. Deviations: t
 not cached but computed anew from its new query and the window as it is now, since it costs no reads; a page that seals
 while a row is revisable is supplemented to it from the window, because the row had seen its tokens there. The cached
 part belongs to the row's older query, as in the paper, so it is exact in the first layer only. Beside a completion
-the slices that a row has seen are held on the device, so that its remainder can be estimated for their union.
+the slices that a row has seen are held on the device, so that its remainder can be estimated for their union. With
+``fetch = deadline`` a page that is late is in the remainder of every row, and supplements the older ones when a later
+step selects it again and it comes in time.
 """
 
 from dataclasses import dataclass, replace

@@ -77,8 +77,9 @@ class Reusing(Chooser):
     A row keeps the newest ``n_anchors`` queries that it was scored for, with their rankings, and takes the ranking of
     the nearest one. If that fails the gate, the row is scored anew, for as many slices as it had in the anchor step;
     where no row of a sequence passes, its block begins anew. With ``dilation`` the steps behind the anchor read
-    neighbours of its best pages instead of its worst pages: a step never reads more than its block's first. Rows that
-    must agree (``shared_rows`` in a row) pass or fail together. A budget for everything is the wrapped chooser's.
+    neighbours of its best pages instead of its worst pages: a step never reads more than its block's first, and less
+    where the layer's page filter has come to put some of these last. Rows that must agree (``shared_rows`` in a row)
+    pass or fail together. A budget for everything is the wrapped chooser's.
 
     The gate needs an answer on the host, once a layer and step. The reference scores all rows where one fails and
     counts the failing ones, since a scorer by row would stop there.
@@ -133,6 +134,7 @@ class Reusing(Chooser):
         inherited = self._anchors.ranking(nearest, layer.n_pages)
         if self._dilation is not None:
             inherited = self._dilation.dilated(inherited, self._counts)
+        inherited = layer.filtered(inherited[:, None])[:, 0]
         if sum(n_failed) == 0:
             return Selection(*take_best(inherited, self._counts)), self._scores(layer, query)
         failed = failed.to(layer.selector.device)

@@ -83,6 +83,9 @@ def run_generate(settings: Settings, out: TextIO, console: Console) -> int:
         session.ranks.leave()
     if stats.recomputed_pages:
         view.warn(f"{stats.recomputed_pages:,} lost or damaged pages were computed again from their tokens")
+    if stats.dropped_mass_capped:
+        view.warn(f"dropped mass target not reached in {stats.dropped_mass_capped:.1%} of heads and steps: raise "
+                  "--dropped-mass-cap")  # fmt: skip
     view.say(statistics_line(stats))
     if settings.output == "json":
         config = settings.runtime().model_dump(mode="json") | {"budget": str(settings.effective_budget)}

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from kvoffload.runtime.session import Session
 
 _SUMS = frozenset(
-    {"bytes_read", "decode_bytes_read", "refresh_bytes_read", "bytes_written", "resident_bytes", "index_host_bytes"}
+    {
+        "bytes_read",
+        "decode_bytes_read",
+        "refresh_bytes_read",
+        "bytes_written",
+        "resident_bytes",
+        "index_host_bytes",
+        "clamped_entries",
+    }
 )
 _SAME = frozenset(
     {"prompt_tokens", "new_tokens", "restored_tokens", "computed_tokens", "max_dropped_mass", "graph_steps", "compiled"}

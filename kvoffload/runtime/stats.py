@@ -16,7 +16,8 @@ class Stats:
     """Means over decode steps, layers and kv heads; shares are of the mean context length. ``disk_wait_ms`` is the part
     of a step that waited for files, all layers together; ``late_share`` of the slices asked for were not waited for.
     ``graph_steps`` of the steps were replays of a captured graph; ``compiled`` says what of the model is compiled in
-    them. None where no step was made."""
+    them. ``dropped_mass_capped`` of all kv heads and steps ended at ``dropped_mass_cap`` above their target;
+    ``clamped_entries`` of completions have another key than the exact one. None where no step was made."""
 
     prompt_tokens: int
     new_tokens: int
@@ -45,6 +46,8 @@ class Stats:
     max_dropped_mass: float | None = None
     dropped_mass: float | None = None
     dropped_mass_held: float | None = None
+    dropped_mass_capped: float | None = None
+    clamped_entries: int = 0
     index_read_share: float | None = None
     graph_steps: int = 0
     compiled: str = ""
@@ -108,6 +111,12 @@ def scored_share(layers: Sequence[LayerCache]) -> float | None:
     """Kv heads and steps that scored their pages, as a share of all; None before the first step with pages."""
     n_steps = sum(layer.meter.steps * layer.geometry.rows for layer in layers)
     return sum(layer.meter.scored_rows for layer in layers) / n_steps if n_steps else None
+
+
+def capped_share(layers: Sequence[LayerCache]) -> float | None:
+    """Kv heads and steps that ended at the cap above their target for the dropped mass, as a share of all."""
+    n_steps = sum(layer.meter.steps * layer.geometry.rows for layer in layers)
+    return sum(layer.reading.n_capped for layer in layers) / n_steps if n_steps else None
 
 
 def index_read_share(layers: Sequence[LayerCache]) -> float | None:
@@ -182,4 +191,6 @@ def collect(
         compiled=compiled,
         dropped_mass=audited.mean if audited else None,
         dropped_mass_held=audited.held if audited else None,
+        dropped_mass_capped=None if max_dropped_mass is None else capped_share(layers),
+        clamped_entries=sum(layer.completion.n_clamped for layer in layers),
     )

@@ -108,6 +108,8 @@ def statistics_line(stats: Stats) -> str:
         target = f" of at most {stats.max_dropped_mass:g}" if stats.max_dropped_mass is not None else ""
         held = f", held {stats.dropped_mass_held:.1%}" if stats.dropped_mass_held is not None else ""
         parts.append(f"dropped mass {stats.dropped_mass:.3f}{target}{held}")
+    if stats.clamped_entries:
+        parts.append(f"{stats.clamped_entries:,} entries clamped")
     return " · ".join([*parts, f"resident {format_size(stats.resident_bytes)}"])
 
 

@@ -121,6 +121,9 @@ def kinds(slot: str) -> str:
             2,
             "policy: 'best' is unknown; accepted: prhs, hshare, tokenselect",
         ),
+        ("generate --model tiny -p x --policy keepkv", 2, "'keepkv' is a completion: give --completion keepkv;"),
+        ("generate --model tiny -p x --policy chelsea", 2, "is a completion: give --completion chelsea; accepted:"),
+        ("generate --model tiny -p x --selector retro", 2, "selector: 'retro' is a policy: give --policy retro;"),
         ("generate --model tiny -p x --policy prhs:blok=2", 2, "policy.prhs.blok: unknown name; accepted: block, tau"),
         ("generate --model tiny -p x --policy retro:window=65", 2, "policy.retro.window: 65: input should be less"),
         ("generate --model tiny -p x --policy resa:every=65", 2, "every=65 must not exceed recent=64"),
@@ -198,6 +201,19 @@ def test_every_policy_generates_and_is_told_in_the_result(kvoffload: Any, policy
     assert 0 <= told["dropped_mass"] <= 1
     assert (told["max_dropped_mass"], told["new_tokens"]) == (0.2, 3)
     assert 0 <= told["dropped_mass_held"] <= 1
+
+
+@pytest.mark.parametrize(("cap", "n_warnings"), [("1%", 1), ("100%", 0)])
+def test_a_dropped_mass_that_the_cap_kept_from_its_target_is_one_warning(
+    kvoffload: Any, cap: str, n_warnings: int
+) -> None:
+    flags = ("--max-dropped-mass", "0.001", "--dropped-mass-cap", cap, "--budget", "1%", "--json", "--quiet")
+    ran = kvoffload(*TINY, "-p", "The quick brown fox jumps over the lazy dog. " * 12, *flags)
+    assert ran.code == 0, ran.err
+    share = json.loads(ran.out)["dropped_mass_capped"]
+    told = f"warning: dropped mass target not reached in {share:.1%} of heads and steps: raise --dropped-mass-cap\n"
+    assert ran.err == told * n_warnings
+    assert (share > 0) == bool(n_warnings)
 
 
 def test_policies_have_sections_in_a_file(kvoffload: Any, tmp_path: Path) -> None:

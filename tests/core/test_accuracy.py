@@ -9,7 +9,7 @@ from streams import filled, steps, stream
 
 from kvoffload.config import RuntimeConfig
 from kvoffload.policies.accuracy import Margin
-from kvoffload.runtime.stats import Audited
+from kvoffload.runtime.stats import Audited, capped_share
 
 N_PROMPT, N_NEW = 300, 16
 BASE = {"selector": "quantized:bits=4", "completion": "index_mass", "audit": 1}
@@ -36,6 +36,28 @@ def test_an_audit_is_the_mass_that_was_not_read():
         n = N_PROMPT + i + 1
         total = torch.einsum("grd,gnd->grn", query[:, :, n - 1], keys[:, :n]).logsumexp(-1)
         assert torch.allclose(dropped(layer)[i], 1 - (found[i] - total).exp(), atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["none", "prhs:tau=-1"])
+def test_keeping_a_set_alone_is_off_by_exactly_the_dropped_mass(policy):
+    """Total variation = delta, the audited mass; the output moves by delta (o_S - o_R), at most delta times the values'
+    diameter. Values that are unit vectors make outputs the weights themselves."""
+    n = 100
+    shape = geometry(value_dim=n)
+    query, keys, _ = stream(shape, n, rho=0.9)
+    given = query, keys, torch.eye(n).expand(shape.rows, n, n)
+    layer = filled(shape, given, n - 8, policy=policy, **(BASE | {"completion": "none"}))
+    found = steps(layer, given, n - 8, 8)[..., :-1]
+    others = torch.randn(n, 16, generator=torch.Generator().manual_seed(0))
+    for i, (weights, delta) in enumerate(zip(found, dropped(layer), strict=True)):
+        seen = n - 7 + i
+        dense = torch.einsum("grd,gnd->grn", query[:, :, seen - 1], keys[:, :seen]).softmax(-1)
+        dense = torch.nn.functional.pad(dense, (0, n - seen))
+        assert torch.allclose((weights - dense).abs().sum(-1) / 2, delta, atol=1e-5)
+        assert (delta > 0.01).all()
+        off, rest = (weights - dense) @ others, dense.where(weights == 0, 0.0) @ others / delta[..., None]
+        assert torch.allclose(off, delta[..., None] * (weights @ others - rest), atol=1e-5)
+        assert (off.norm(dim=-1) <= delta * torch.cdist(others, others).max()).all()
 
 
 def test_an_audit_changes_no_step_and_no_decode_read():
@@ -74,6 +96,18 @@ def test_reads_end_at_the_cap():
     _, layer = run(max_dropped_mass=0.001, dropped_mass_cap="30%", budget="3%")
     assert layer.fetch.n_asked <= sum(int(0.3 * (N_PROMPT + i + 1)) // 4 * 2 + 2 for i in range(N_NEW))
     assert float(dropped(layer).mean()) > 0.001
+
+
+@pytest.mark.parametrize("policy", ["none", "retro:window=3", "prhs"])
+@pytest.mark.parametrize("cap", ["6%", "20%", "100%"])
+def test_heads_that_end_at_the_cap_above_their_target_are_counted(cap, policy):
+    """The exact completion estimates what audits find: the heads and steps above the target are known."""
+    fields = {"completion": "exact", "selector": "exact", "policy": policy, "budget": "3%"}
+    _, layer = run(max_dropped_mass=0.2, dropped_mass_cap=cap, **fields)
+    missed = int((dropped(layer).amax(-1) > 0.2).sum())
+    assert layer.reading.n_capped == missed
+    assert (missed == 0) == (cap == "100%")
+    assert capped_share([layer]) == missed / (N_NEW * layer.geometry.rows)
 
 
 def test_a_full_read_at_the_cap_is_dense():

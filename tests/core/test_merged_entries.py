@@ -6,6 +6,7 @@ from heads import CPU, fetch, geometry, masses, random_pages, random_query, soft
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvoffload.completion import keepkv
 from kvoffload.completion.chelsea import ChelseaCompletionConfig, soft_matching
 from kvoffload.completion.keepkv import KeepkvCompletionConfig, assign, zip_merge
 from kvoffload.completion.phi import PhiCompletionConfig
@@ -78,13 +79,16 @@ def test_an_identical_pair_has_two_votes_and_no_error_for_any_query():
         assert_close(given, output(keys[0], values[0], torch.zeros(2), other, rest), atol=1e-5, rtol=1e-5)
 
 
-def test_a_convex_merge_without_votes_sags_and_votes_end_that():
+def test_a_convex_merge_without_votes_sags_and_votes_end_that(monkeypatch):
+    """An entry with the convex key, which stands wherever the exact one would explode; here it stands always."""
+    monkeypatch.setattr(keepkv, "_FACTORS", (torch.inf, torch.inf))
     for seed in range(20):
-        keys, _, query = pair(seed=seed)
-        weights = (keys[0] @ query).exp()
-        convex = (weights[:, None] * keys[0]).sum(0) / weights.sum()
-        assert (convex @ query).exp() < weights.sum()
-        assert (convex @ query).exp() * 2 > 0.9 * weights.sum()
+        keys, values, query = pair(seed=seed)
+        entry, n_clamped = merged_pair(keys, values, query)
+        assert n_clamped == 1
+        mass, without_votes = (keys[0] @ query).exp().sum(), (entry.keys[0, 0] @ query).exp()
+        assert without_votes < mass
+        assert 0.9 * mass < without_votes * entry.log_weights[0, 0].exp() < 1.1 * mass
 
 
 def test_errors_are_ordered_under_drift():

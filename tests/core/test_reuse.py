@@ -30,25 +30,6 @@ def run(policy=None, rho=0.97, shape=None, n=N_NEW, **fields):
     return steps(layer, given, N_PROMPT, n), layer
 
 
-def test_keeping_a_set_alone_is_off_by_exactly_the_dropped_mass():
-    """Total variation = delta; the output moves by delta (o_S - o_R), at most delta times the values' diameter."""
-    generator = torch.Generator().manual_seed(0)
-    logits, values = (
-        torch.randn(60, generator=generator).double() * 2,
-        torch.randn(60, 16, generator=generator).double(),
-    )
-    weights = logits.softmax(0)
-    for kept in (logits.topk(20).indices, torch.arange(5)):
-        inside = torch.zeros(60, dtype=torch.bool).index_fill_(0, kept, True)
-        dropped = weights[~inside].sum()
-        sparse = (weights * inside) / weights[inside].sum()
-        assert_close((weights - sparse).abs().sum() / 2, dropped)
-        rest = (weights * ~inside) / dropped
-        off = sparse @ values - weights @ values
-        assert_close(off, dropped * (sparse @ values - rest @ values))
-        assert off.norm() <= dropped * torch.cdist(values, values).max()
-
-
 def test_an_inherited_set_keeps_the_oracles_mass_up_to_the_gates_bound():
     generator = torch.Generator().manual_seed(1)
     d, largest = 16, 0.0

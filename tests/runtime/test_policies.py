@@ -294,3 +294,51 @@ def test_a_sweep_refuses_what_changes_the_prefill_that_its_cells_share(loaded):
         prefill(loaded.model, one, ids()[:, :N_PROMPT])
         with pytest.raises(UsageError, match="freeze"):
             other.copy_prefill(one)
+
+
+CPE = "prhs:block=8,tau=-1,hits=0.2,window_from=2,window_keep=0.36,freeze=kv,freeze_from=2,freeze_keep=0.36"
+
+
+def watch_pages(layer):
+    """The (row, page) pairs of each step's request from now on."""
+    found, start = [], layer.fetch.start
+
+    def note_and_start(selection):
+        found.append(set(zip(selection.row_ids.tolist(), selection.page_ids.tolist(), strict=True)))
+        return start(selection)
+
+    layer.fetch.start = note_and_start
+    return found
+
+
+def run_session(loaded, n_new, **fields):
+    """The pages that each layer reads in each step of a session, all keys behind it, and the share of scorings."""
+    with Runtime(loaded, RuntimeConfig(**(BASE | {"budget": "20%", "pool": "none"} | fields))).session() as session:
+        session.prefill(ids()[0, :N_PROMPT].tolist())
+        pages = [watch_pages(layer) for layer in session.cache.offloaded]
+        for token in ids()[0, N_PROMPT : N_PROMPT + n_new].tolist():
+            assert session.step(token).isfinite().all()
+        return pages, keys_and_values(session.cache)[::2], session.stats().scored_share
+
+
+def test_the_parts_of_prhs_work_together_and_each_is_seen(loaded):
+    """CPE = CIS + PSAW + ETF over a block of eight steps. Behind the second of four layers, the third leaves out and
+    freezes the first .4 of all tokens (1 - .36^(1/2)), the last one .64."""
+    (plain, free, scored), (mine, frozen, scored_here) = (run_session(loaded, 8, **f) for f in ({}, {"policy": CPE}))
+    assert (scored, scored_here) == (1, 1 / 8)
+    dilated = 0
+    for place, left_out in enumerate((0, 0, 0.4, 0.64)):
+        for i, pages in enumerate(mine[place]):
+            assert all(page >= (int(left_out * (N_PROMPT + i + 1)) - 4) // 4 for _, page in pages)
+            new = pages - mine[place][0]
+            assert all({(row, page - 1), (row, page + 1)} & mine[place][0] for row, page in new)
+            dilated += len(new) if place < 2 else 0  # the others also fill up what the window has left
+        shared = int(left_out * N_PROMPT)
+        assert torch.equal(frozen[place][:, :shared], frozen[1][:, :shared])
+        if place >= 2:
+            assert not torch.allclose(free[place][:, :shared], free[1][:, :shared], atol=1e-3)
+            assert not torch.allclose(frozen[place][:, shared:N_PROMPT], frozen[1][:, shared:N_PROMPT], atol=1e-3)
+    assert dilated > 0
+    for place in (2, 3):
+        assert min(page for _, page in plain[place][0]) < min(page for _, page in mine[place][0])
+    assert mine[0][0] == plain[0][0]

@@ -3,9 +3,11 @@
 import pytest
 from kvoffload_storage import Moved, TracingStore, WrapperStore
 
+from kvoffload.completion import keepkv
 from kvoffload.completion.anchored import AnchoredCompletion
 from kvoffload.config import VARIANTS, SamplingConfig
 from kvoffload.runtime.stats import Reads
+from kvoffload.runtime.terminal import statistics_line
 
 # tiny: 4 layers, 2 kv heads, head size 16 in fp32: a token-equivalent is 2 * 16 * 4 = 128 bytes
 N_LAYERS, N_HEADS, TOKEN_BYTES = 4, 2, 128
@@ -228,6 +230,25 @@ def test_what_reanchoring_reads_is_in_the_reads_and_told_apart(open_session, ids
     assert anchored.read_tokens_per_step == pytest.approx(plain.read_tokens_per_step + background, abs=apart)
     prefill = sum(m.cpu + m.nvme for m in (layer.fetch.prefill.total() for layer in sessions[0].cache.offloaded))
     assert total(anchored.bytes_read) == total(anchored.decode_bytes_read) + prefill + refresh
+
+
+@pytest.mark.parametrize("completion", ["keepkv", "keepkv+none"])
+def test_keys_that_keepkv_clamps_are_counted_and_told(open_session, ids, monkeypatch, completion):
+    """Where every factor is out of range, those are all entries of more than one token."""
+    monkeypatch.setattr(keepkv, "_FACTORS", (float("inf"), float("inf")))
+    session = open_session(completion=completion, gate="+" in completion, reanchor="off")
+    stats = run(session, ids(200), 3)
+    parts = [layer.completion for layer in session.cache.offloaded]
+    parts = [part.candidates[0] if "+" in completion else part for part in parts]
+    votes = [part._log_weights.view.exp().round() for part in parts]
+    assert stats.clamped_entries == sum(int((v > 1).sum()) for v in votes) > 0
+    assert f" · {stats.clamped_entries:,} entries clamped · " in statistics_line(stats)
+
+
+def test_without_clamps_none_are_told(open_session, ids):
+    stats = run(open_session(completion="chelsea"), ids(200), 3)
+    assert stats.clamped_entries == 0
+    assert "clamped" not in statistics_line(stats)
 
 
 def test_reads_ahead_that_no_step_waited_for_are_in_every_account(open_session, ids, monkeypatch):
