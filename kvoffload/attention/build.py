@@ -129,13 +129,12 @@ def build_layer(
 
 
 def _selector(config: RuntimeConfig, geometry: Geometry, device: torch.device) -> Selector:
-    """With ``index = "cpu"`` codes of single tokens lie in host memory and a GPU streams them; all else the host scores
-    where it lies."""
-    if config.index == "device" or not config.selector.has_index:
-        return config.selector.build(geometry, device if config.index == "device" else torch.device("cpu"))
-    selector = config.selector.build(geometry, device)
-    assert selector.index is not None, "it has one"
-    selector.index.stream()
+    """With ``index = "cpu"`` a GPU streams codes of single tokens from host memory; all else the host scores where it
+    lies."""
+    streamed = config.index == "cpu" and config.selector.has_index and device.type != "cpu"
+    selector = config.selector.build(geometry, device if streamed or config.index == "device" else torch.device("cpu"))
+    if streamed and selector.index is not None:
+        selector.index.stream()
     return selector
 
 

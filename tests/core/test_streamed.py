@@ -6,6 +6,7 @@ import torch
 from heads import CPU, geometry, random_pages
 
 from kvoffload import buffers
+from kvoffload.attention.build import _selector as build_selector
 from kvoffload.attention.build import build_layer
 from kvoffload.cache.slots import Staging
 from kvoffload.config import RuntimeConfig
@@ -38,15 +39,26 @@ def selector(**fields):
 
 
 @pytest.mark.parametrize("kind", ["quantized", "transform"])
-def test_codes_of_tokens_are_streamed_where_the_index_is_in_host_memory(kind, streamed):
+def test_codes_of_tokens_are_streamed_and_told(kind, streamed):
     pages = random_pages(SHAPE, 160)
-    for place in ("cpu", "device"):
-        streamed.clear()
-        found = selector(selector=kind, completion="none", index=place)
-        found.absorb(pages)
-        assert bool(streamed) == (place == "cpu")
-        assert (found.index.streamed_bytes > 0) == (place == "cpu")
-        assert 0 < found.index.streamed_bytes <= found.resident_bytes or place == "device"
+    here, away = (selector(selector=kind, completion="none") for _ in range(2))
+    away.index.stream()
+    here.absorb(pages)
+    assert not streamed
+    assert here.index.streamed_bytes == 0
+    away.absorb(pages)
+    assert streamed
+    assert 0 < away.index.streamed_bytes <= away.resident_bytes
+
+
+@pytest.mark.parametrize(("kind", "where"), [("quantized", "cuda"), ("transform", "cuda"), ("bounds", "cpu")])
+def test_a_gpu_streams_codes_and_the_host_scores_the_rest(kind, where):
+    config, gpu = RuntimeConfig(selector=kind, completion="none", index="cpu"), torch.device("cuda")
+    found = build_selector(config, SHAPE, gpu)
+    assert found.device.type == where
+    assert (found.index is not None and found.index.streamed) == (where == "cuda")
+    assert build_selector(config, SHAPE, CPU).device == CPU
+    assert build_selector(config.model_copy(update={"index": "device"}), SHAPE, gpu).device == gpu
 
 
 def test_numbers_of_pages_are_not(streamed):
