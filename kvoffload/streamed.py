@@ -1,6 +1,7 @@
 """Tensors of a CUDA device that lie in pinned host memory: kernels read and write them across the link, as if they were
 on the device (unified addressing, CUDA C++ Programming Guide, section "Mapped Memory"), and no copy is made."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,7 @@ class _Shown:
 def streamed_empty(like: Tensor, sizes: Sequence[int]) -> Tensor:
     """Uninitialised, with the dtype and the device of ``like``, in host memory that the device reads. On another device
     than a GPU memory of its own. Raises CapacityError where the memory cannot be pinned."""
-    empty = torch.empty(0, dtype=like.dtype).new_empty(sizes, device="meta")
-    n_bytes = empty.numel() * empty.itemsize
+    n_bytes = math.prod(sizes) * like.itemsize
     if not like.is_cuda or n_bytes == 0:
         return like.new_empty(sizes)
     shown = torch.as_tensor(_Shown(aligned_empty(n_bytes, pinned=True)), device=like.device)
