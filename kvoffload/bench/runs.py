@@ -119,8 +119,8 @@ class OurRun(Run):
 
     def told(self) -> dict[str, Any]:
         stats = self._stats()
-        told = ["budget_tokens", "read_tokens_per_step", "charged_tokens_per_step", "hit_rate", "completion_mass"]
-        told.append("index_read_share")
+        tokens = ("budget_tokens", "read_tokens_per_step", "charged_tokens_per_step")
+        told = (*tokens, "hit_rate", "completion_mass", "index_read_share")
         replays = self._session.replays
         refusal = "" if replays.graph is None else replays.graph.refusal
         graph = {"graph_steps": replays.count, "graph_refusal": refusal, "compiled": replays.compiled}

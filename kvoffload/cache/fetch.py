@@ -145,8 +145,7 @@ class MappedFetch(Fetch):
         ids, source = self._ids(selection), self._memory().flatten(0, 1)
         admitted = self._admit(selection, ids)
         if admitted is None:
-            slices = unpack_slices(source, self.geometry)
-            if in_place and reads_in_place(ids, self.geometry.group_size, *slices, by_row=selection.by_row):
+            if in_place and self._stays(ids, source, by_row=selection.by_row):
                 return [lambda: Arrived(selection, source, ids)]
             places = self.slots.reserve(len(selection))
             self.step_bytes = max(self.step_bytes, places.numel())
@@ -155,6 +154,10 @@ class MappedFetch(Fetch):
         slot_ids, _, missed = admitted
         gather_slices(source, ids, self.slots.data, slot_ids, missed)
         return [lambda: Arrived(selection, self.slots.data, slot_ids)]
+
+    def _stays(self, ids: Tensor, source: Tensor, *, by_row: bool) -> bool:
+        slices = unpack_slices(source, self.geometry)
+        return reads_in_place(ids, self.geometry.group_size, *slices, by_row=by_row)
 
     def stream(self, block: int, traffic: Traffic | None = None) -> Iterator[Pages]:
         n_pages = self.store.n_pages(self.layer)
