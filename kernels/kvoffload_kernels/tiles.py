@@ -1,4 +1,5 @@
-"""Pieces that the Triton kernels share: products in low precision that lose nothing, and the log-sum-exp of pages.
+"""Pieces that the Triton kernels share: products in low precision that lose nothing, the log-sum-exp of pages, and a
+running softmax.
 
 A factor that is not exact in 16 bits goes in as two halves, what it rounds to and what that loses, as rows of one
 tile: H heads are 2 HP rows, row n holds half n // HP of head n % HP. Tensor cores want 16 rows, so this costs nothing
@@ -85,3 +86,27 @@ def not_excluded(  # type: ignore[no-untyped-def]
     real = (heads < HEADS)[:, None] & (pages < n_pages)[None, :]
     out = tl.load(excluded + query_row[:, None] * n_pages + pages[None, :], mask=real, other=1)
     return tl.where(out == 0, z, -float("inf"))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def weighed(z, v, top, mass, acc, second, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A running softmax after one more tile: logits [2 HP, T] and values [T, DVP]."""
+    new_top = tl.maximum(top, tl.max(z, 1))
+    shift = finite(new_top)
+    kept, p = tl.exp(top - shift), tl.exp(z - shift[:, None])
+    acc = acc * kept[:, None] + product(halves(p, second, dtype), v)
+    return new_top, mass * kept + tl.sum(p, 1), acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_partial(  # type: ignore[no-untyped-def]
+    top, mass, acc, out, lse_out, first, HEADS: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr
+):
+    """Both halves together, at heads ``first`` and those after it."""
+    heads, dv = tl.arange(0, HP), tl.arange(0, DVP)
+    mass = tl.max(tl.reshape(mass, [2, HP]), 0)
+    lse = log_of(mass) + finite(tl.max(tl.reshape(top, [2, HP]), 0))
+    mean = joined(acc, HP, DVP) / tl.where(mass > 0, mass, 1.0)[:, None]
+    place = first + heads
+    tl.store(out + place[:, None] * DV + dv[None, :], mean, mask=(heads < HEADS)[:, None] & (dv < DV)[None, :])
+    tl.store(lse_out + place, lse, mask=heads < HEADS)

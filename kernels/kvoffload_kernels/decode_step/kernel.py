@@ -12,40 +12,17 @@ from kvoffload_kernels.tiles import (
     capped,
     finite,
     halves,
-    joined,
     joined_twice,
     log_of,
     padded_heads,
     product,
+    store_partial,
+    weighed,
 )
 
 TILE_BYTES = 16 << 10  # keys of one step of a program: 64 tokens of 128 channels in 16 bits
 _MOST_ANCHORS = 512  # one program attends to a row's
 _BLOCK = 32  # partials merged at a time
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def weighed(z, v, top, mass, acc, second, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A running softmax after one more tile: logits [2 HP, T] and values [T, DVP]."""
-    new_top = tl.maximum(top, tl.max(z, 1))
-    shift = finite(new_top)
-    kept, p = tl.exp(top - shift), tl.exp(z - shift[:, None])
-    acc = acc * kept[:, None] + product(halves(p, second, dtype), v)
-    return new_top, mass * kept + tl.sum(p, 1), acc
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def store_partial(  # type: ignore[no-untyped-def]
-    top, mass, acc, out, lse_out, first, HEADS: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr
-):
-    """Both halves together, at heads ``first`` and those after it."""
-    heads, dv = tl.arange(0, HP), tl.arange(0, DVP)
-    mass = tl.max(tl.reshape(mass, [2, HP]), 0)
-    lse = log_of(mass) + finite(tl.max(tl.reshape(top, [2, HP]), 0))
-    mean = joined(acc, HP, DVP) / tl.where(mass > 0, mass, 1.0)[:, None]
-    place = first + heads
-    tl.store(out + place[:, None] * DV + dv[None, :], mean, mask=(heads < HEADS)[:, None] & (dv < DV)[None, :])
-    tl.store(lse_out + place, lse, mask=heads < HEADS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

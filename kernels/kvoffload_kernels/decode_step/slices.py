@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvoffload_kernels.completion.reference import EMPTY, SegmentSums, Slices, SliceSums, Tilt
-from kvoffload_kernels.decode_step.kernel import TILE_BYTES, head_sizes, padded, store_partial, token_bytes, weighed
+from kvoffload_kernels.decode_step.kernel import TILE_BYTES, head_sizes, padded, token_bytes
 from kvoffload_kernels.decode_step.reference import Parts
-from kvoffload_kernels.tiles import MAX_HEADS, capped, halves, joined_twice, product
+from kvoffload_kernels.tiles import MAX_HEADS, capped, halves, joined_twice, product, store_partial, weighed
 
 _TILE, _PROGRAMS = 32, 512  # tokens of one step of a program, and about how many the rows' slices are split over
 _HOST_TILE = 16  # across the link: a program computes while others wait

@@ -10,13 +10,12 @@ from kvoffload_kernels.merge.kernel import merge_splits
 from kvoffload_kernels.tiles import (
     MAX_HEADS,
     capped,
-    finite,
     halves,
-    joined,
     joined_twice,
-    log_of,
     padded_heads,
     product,
+    store_partial,
+    weighed,
 )
 
 _TILE = 64  # tokens of one step of a program, of several slices
@@ -69,19 +68,9 @@ def _attend(  # type: ignore[no-untyped-def]
         v = tl.load(values + v_place[:, None] + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
         if VALID:
             there = there & (tl.load(valid + at * S + token, mask=there, other=0) != 0)
-        z = capped(joined_twice(product(q, k), HP, T), CAP)
-        z = tl.where(there[None, :], z, -float("inf"))
-        new_top = tl.maximum(top, tl.max(z, 1))
-        shift = finite(new_top)
-        kept, p = tl.exp(top - shift), tl.exp(z - shift[:, None])
-        mass, top = mass * kept + tl.sum(p, 1), new_top
-        acc = acc * kept[:, None] + product(halves(p, second, dtype), v)
-    heads, mass = tl.arange(0, HP), tl.max(tl.reshape(mass, [2, HP]), 0)
-    lse = log_of(mass) + finite(tl.max(tl.reshape(top, [2, HP]), 0))
-    place = (row * tl.num_programs(0) + split) * HEADS + heads
-    mean = joined(acc, HP, DVP) / tl.where(mass > 0, mass, 1.0)[:, None]
-    tl.store(out + place[:, None] * DV + dv[None, :], mean, mask=(heads < HEADS)[:, None] & (dv < DV)[None, :])
-    tl.store(lse_out + place, lse, mask=heads < HEADS)
+        z = tl.where(there[None, :], capped(joined_twice(product(q, k), HP, T), CAP), -float("inf"))
+        top, mass, acc = weighed(z, v, top, mass, acc, second, dtype)
+    store_partial(top, mass, acc, out, lse_out, (row * tl.num_programs(0) + split) * HEADS, HEADS, HP, DV, DVP)
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
